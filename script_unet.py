@@ -17,29 +17,12 @@ Notation: x_start is a clean image, float (B, 1, H, W) in [-1, 1]; t (B,) is a s
 [8] Karras et al., Analyzing and Improving the Training Dynamics (EMA), arXiv:2312.02696
 [9] Liu et al., Muon is Scalable for LLM Training, arXiv:2502.16982
 """
-
-import contextlib
-import copy
-import ctypes
-import functools
-import gzip
-import hashlib
-import io
-import math
-import os
-import platform
-import shutil
-import signal
-import sys
-import tempfile
-import threading
-import time
-import zlib
+import contextlib, copy, ctypes, functools, gzip, hashlib, io, math, os, platform
+import shutil, signal, sys, tempfile, time, zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -47,17 +30,10 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows, where two runs in one folder are not told apart
-    fcntl = None
-
-# ----------------------------------------------------------------------------------------
-# Constants. main() reads them when it runs: a notebook may set script_unet.EPOCHS = 2 first.
-
+# ---- Constants, read when main() runs: a notebook may set script_unet.EPOCHS = 2 first ---------
 # Training
 EPOCHS = 150                # passes over the training images
-BATCH_SIZE = 128            # images per optimizer step, over all processes together
+BATCH_SIZE = 128            # images per optimizer step
 LEARNING_RATE = 2e-3        # AdamW's peak, reached after WARMUP_STEPS, then a cosine down to 0
 MUON_LEARNING_RATE = 0.02   # the same for the weight matrices, whose updates are orthogonal [9]
 WARMUP_STEPS = 200          # optimizer steps; the batch statistics and moments settle first
@@ -67,30 +43,25 @@ DROPOUT = 0.0               # probability in each residual block; 60,000 images 
 LABEL_DROPOUT = 0.1         # share of labels replaced by the null class, for guidance [5]
 EMA_GAMMA = 16.0            # power of the weight average [8]: it lags 1/18 of the steps so far
 SEED = 0                    # all randomness of a step is a function of SEED and the step
-
 # Data
 IMG_SIZE = 28               # pixels a side, 16 to 64; other sizes than 28 are resampled
 DATA_DIR = "data"           # torchvision's layout, and where its download goes
 SYSTEM_DATA_DIR = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
-
 # Model
 PATCH_SIZE = 2              # 1 to 4; p x p pixels become one cell, so the work falls by p * p
 CHANNELS = (64, 128)        # width at each resolution: 14 x 14 cells, then 7 x 7
 BLOCKS = (1, 1)             # residual blocks at each resolution, on the way down and up again
 EMBEDDING_DIM = 256         # features of the embedding of time and class
 ATTENTION_HEAD_DIM = 32     # features of each attention head, at the lowest resolution
-
 # Diffusion
 NUM_DIFFUSION_STEPS = 100   # T
 BETA_SCHEDULE = "cosine"    # "cosine" [2] or "linear" [1]
 BETA_START = 1e-4           # linear only: the first beta at T = 1000, rescaled by 1000 / T
 BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled by 1000 / T
-
 # Sampling
 SAMPLING_STEPS = 20         # of the T steps; more are slower and hardly better
 SAMPLING_ETA = 0.0          # 0: deterministic, second order [6]; 1: with DDPM's noise [1, 3]
 GUIDANCE_SCALE = 1.0        # 1: none; above: more typical, less varied images, twice the cost
-
 # Machine and output, in the working directory
 PRECISION = "auto"          # "auto": bf16 where the hardware computes in it; or "bf16", "fp32"
 RESUME = True               # go on from the newest checkpoint; False sets older ones aside
@@ -106,45 +77,38 @@ MODEL_CONSTANTS = ("IMG_SIZE", "NUM_CLASSES", "PATCH_SIZE", "CHANNELS", "BLOCKS"
                    "ATTENTION_HEAD_DIM", "NUM_DIFFUSION_STEPS", "BETA_SCHEDULE", "BETA_START",
                    "BETA_END")  # what a trained model cannot do without
 
-
 class UserError(Exception):
     """Something that the user can mend; the message names the constant or the file."""
 
 def model_constants():
     return {name: globals()[name] for name in MODEL_CONSTANTS}
 
-def seed_of(*keys):
-    """The 32-bit seed of a named stream of random numbers, e.g. seed_of("step", SEED, 17)."""
-    return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=4).digest(), "little")
-
 def generator(*keys):
-    """A torch.Generator, on the CPU, for the stream that the keys name."""
-    return torch.Generator().manual_seed(seed_of(*keys))
+    """A torch.Generator, on the CPU, for the stream that the keys name, e.g. "noise", 17."""
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
-# ----------------------------------------------------------------------------------------
-# Data: four gzipped IDX files, kept in memory as uint8
-
+# ---- Data: four gzipped IDX files, kept in memory as uint8 -------------------------------------
 DATA_FILES = {"train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
               "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")}
-DATA_REMEDY = ("Delete the file and run again to download it, or `apt-get install "
-               "dataset-fashion-mnist` on Debian or Ubuntu")
+
+def bad_data(path, reason):
+    return UserError(f"{path} {reason}. Delete the file and run again to download it, or "
+                     "`apt-get install dataset-fashion-mnist` on Debian or Ubuntu")
 
 def read_idx(path):
     """The uint8 array in a gzipped IDX file. Raises UserError when it breaks its header's word."""
     try:
-        with gzip.open(path) as file:
-            data = file.read()
+        data = gzip.decompress(Path(path).read_bytes())
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is not a whole gzip file ({error}). {DATA_REMEDY}") from error
+        raise bad_data(path, f"is not a whole gzip file ({error})") from error
     # Header: two zero bytes, 8 for unsigned bytes, number of dimensions, big-endian sizes
     if data[:4] not in (b"\0\0\x08\1", b"\0\0\x08\3"):
-        raise UserError(f"{path} has the wrong magic number {data[:4].hex()}, not 00000803 "
-                        f"(images) or 00000801 (labels). {DATA_REMEDY}")
+        raise bad_data(path, f"has the wrong magic number {data[:4].hex()}, not 0000080[13]")
     start = 4 + 4 * data[3]
     shape = [int.from_bytes(data[i:i + 4], "big") for i in range(4, start, 4)]
     if len(data) - start != math.prod(shape):
-        raise UserError(f"{path} announces a count and size of {shape}, but has "
-                        f"{len(data) - start} bytes. {DATA_REMEDY}")
+        raise bad_data(path, f"announces a count of {shape}, but has {len(data) - start} bytes")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 def find_data():
@@ -171,72 +135,29 @@ def find_data():
 
 def load_fashion_mnist(split, folder=None):
     """Images uint8 (N, 1, IMG_SIZE, IMG_SIZE) and labels int64 (N,) of "train" or "test"."""
-    image_path, label_path = (Path(folder or find_data(), name) for name in DATA_FILES[split])
-    images, labels = read_idx(image_path), read_idx(label_path)
+    paths = [Path(folder or find_data(), name) for name in DATA_FILES[split]]
+    images, labels = map(read_idx, paths)
     if images.shape[1:] != (28, 28):
-        raise UserError(f"{image_path} holds {images.shape}, not 28 x 28 images. {DATA_REMEDY}")
+        raise bad_data(paths[0], f"holds {images.shape}, not 28 x 28 images")
     if labels.shape != images.shape[:1] or labels.max(initial=0) >= NUM_CLASSES:
-        raise UserError(f"{label_path} must hold a count of {len(images)} labels from 0 to 9, got "
-                        f"{labels.shape} up to {labels.max(initial=0)}. {DATA_REMEDY}")
+        raise bad_data(paths[1], f"must have a count of {len(images)} labels from 0 to 9, has "
+                                 f"{labels.shape} up to {labels.max(initial=0)}")
     images, labels = torch.tensor(images)[:, None], torch.tensor(labels, dtype=torch.long)
     if IMG_SIZE != 28:
         images = torch.cat([F.interpolate(part.float(), (IMG_SIZE, IMG_SIZE), mode="bilinear",
                             antialias=True).round().byte() for part in images.split(5000)])
     return images, labels
 
-def to_float(images):
-    """uint8 0 ... 255 to float -1 ... 1."""
+def to_float(images):  # 0 ... 255 to -1 ... 1
     return images.float() / 127.5 - 1
 
-def to_uint8(images):
-    """float -1 ... 1 to uint8 0 ... 255: to_float's inverse, clipped."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).byte()
+def to_uint8(images):  # to_float's inverse, clipped
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte()
 
-# ----------------------------------------------------------------------------------------
-# The machine
-
-RANK = int(os.environ.get("RANK", 0))         # the number of this process, and
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are: torchrun sets both
-
-def pick_device():
-    """CUDA, then MPS, then the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-@functools.lru_cache
-def has_bf16(device_type):
-    """Whether the hardware multiplies in bf16; a CPU that only emulates it is slower by far."""
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    return device_type == "cpu" and any(map(known.get, ("avx512_bf16", "amx_bf16")))
-
-def precision(device):
-    """"bf16" or "fp32": PRECISION or, for "auto", what the device is best at."""
-    return PRECISION if PRECISION != "auto" else "bf16" if has_bf16(device.type) else "fp32"
-
-def keep_freed_memory():
-    """Let glibc reuse freed memory instead of handing it to the kernel after every tensor.
-
-    Else each activation is mapped and zeroed page by page again, a fifth of a CPU's step.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
-
-# ----------------------------------------------------------------------------------------
-# Building blocks, small to large. Maps are (B, C, H, W) in channels_last memory.
-
+# ---- Building blocks, small to large; maps are (B, C, H, W) in channels_last memory ------------
 class PatchConv(nn.Module):
-    """Each non-overlapping patch of p x p pixels becomes one pixel, linearly.
-
-    (B, in, H, W) -> (B, out, ceil(H / p), ceil(W / p)). Sizes that p does not divide are padded
-    with zeros, the smaller half first.
-    """
-
+    """Non-overlapping p x p patches to one pixel each; (B, in, H, W) -> (B, out, H/p, W/p).
+    Sizes that p does not divide are rounded up: padded with zeros, the smaller half first."""
     def __init__(self, in_channels, out_channels, patch_size):
         super().__init__()
         self.patch_size = patch_size
@@ -251,12 +172,8 @@ class PatchConv(nn.Module):
         return self.proj(x.contiguous(memory_format=torch.channels_last))   # (B, out, H/p, W/p)
 
 class PatchExpand(nn.Module):
-    """PatchConv's counterpart: each pixel becomes a patch of p x p pixels, linearly.
-
-    (B, in, h, w) -> (B, out, H, W) for size = (H, W), h = ceil(H / p), w = ceil(W / p). Crops
-    what PatchConv pads, so that every patch lies where it came from.
-    """
-
+    """Each pixel to a p x p patch; (B, in, H/p, W/p), size = (H, W) -> (B, out, H, W).
+    Crops what PatchConv pads, so that every patch lies where it came from."""
     def __init__(self, in_channels, out_channels, patch_size):
         super().__init__()
         self.patch_size = patch_size
@@ -270,30 +187,26 @@ class PatchExpand(nn.Module):
 
 class DoubleConv(nn.Module):
     """Two 3 x 3 convolutions, each after batch normalization and SiLU; (B, C, H, W) -> same.
-
-    The embedding (B, E) scales and shifts every channel between the two. The second convolution
-    starts at zero, so that a residual block starts as the identity.
-    """
-
+    The embedding (B, E) scales and shifts every channel between the two. The second starts at
+    zero, so that a residual block starts as the identity."""
     def __init__(self, channels, embedding_dim, dropout=0.0):
         super().__init__()
         self.norm1 = nn.BatchNorm2d(channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(channels, affine=False)
-        self.modulation = nn.Linear(embedding_dim, 2 * channels)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.scale_shift = nn.Linear(embedding_dim, 2 * channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x, emb):
-        scale, shift = self.modulation(emb)[:, :, None, None].chunk(2, dim=1)   # (B, C, 1, 1)
+        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1)
         x = self.conv1(F.silu(self.norm1(x)))                       # (B, C, H, W)
-        x = torch.addcmul(shift, self.norm2(x), 1 + scale)          # (B, C, H, W)
+        x = self.norm2(x) * (1 + scale) + shift                     # (B, C, H, W)
         return self.conv2(self.dropout(F.silu(x)))                  # (B, C, H, W)
 
 class ResBlock(nn.Module):
     """x + DoubleConv(x, emb); (B, C, H, W), (B, E) -> (B, C, H, W)."""
-
     def __init__(self, channels, embedding_dim, dropout=0.0):
         super().__init__()
         self.double_conv = DoubleConv(channels, embedding_dim, dropout)
@@ -303,7 +216,6 @@ class ResBlock(nn.Module):
 
 class Down(nn.Module):
     """To a coarser grid: PatchConv, then residual blocks; (B, in, H, W) -> (B, out, H/p, W/p)."""
-
     def __init__(self, in_channels, out_channels, patch_size, blocks, *block_args):
         super().__init__()
         self.patch_conv = PatchConv(in_channels, out_channels, patch_size)
@@ -317,10 +229,7 @@ class Down(nn.Module):
 
 class Up(nn.Module):
     """To a finer grid: PatchExpand, plus the encoder's map of that grid, then residual blocks.
-
-    (B, in, h, w), skip (B, out, H, W), emb (B, E) -> (B, out, H, W).
-    """
-
+    (B, in, H/p, W/p), skip (B, out, H, W), emb (B, E) -> (B, out, H, W)."""
     def __init__(self, in_channels, out_channels, patch_size, blocks, *block_args):
         super().__init__()
         self.patch_expand = PatchExpand(in_channels, out_channels, patch_size)
@@ -334,11 +243,8 @@ class Up(nn.Module):
 
 class SelfAttention(nn.Module):
     """Multi-head linear attention [7] section 3.2, residual, in O(H W); (B, C, H, W) -> same.
-
     softmax_d(q) (softmax_n(k)^T v): both factors are normalised, so the weights with which a
-    position mixes the values sum to one, and their (H W) x (H W) matrix is never formed.
-    """
-
+    position mixes the values sum to one, and their (H W) x (H W) matrix is never formed."""
     def __init__(self, channels, head_dim=32):
         super().__init__()
         self.heads = channels // head_dim
@@ -357,16 +263,11 @@ class SelfAttention(nn.Module):
         mixed = self.out(mixed.reshape(b, h * w, c))                        # (B, N, C)
         return x + mixed.view(b, h, w, c).permute(0, 3, 1, 2)               # (B, C, H, W)
 
-# ----------------------------------------------------------------------------------------
-# The model
-
+# ---- The model ---------------------------------------------------------------------------------
 class FashionMNISTUNetDenoiser(nn.Module):
     """A U-Net on patches; forward(x_t, t, labels) gives v (B, 1, H, W), see x_start_from_v.
-
     x_t float (B, 1, H, W); t int (B,) in 0 ... T-1; labels int (B,), NUM_CLASSES for any class.
-    `constants` overrides model_constants(); the instance keeps them all, and its schedule's abar.
-    """
-
+    `constants` overrides model_constants(); the instance keeps all, and its schedule's abar."""
     def __init__(self, constants=None, dropout=0.0):
         super().__init__()
         self.constants = c = {**model_constants(), **(constants or {})}
@@ -376,20 +277,18 @@ class FashionMNISTUNetDenoiser(nn.Module):
         self.class_embedding = nn.Embedding(c["NUM_CLASSES"] + 1, dim)
         nn.init.normal_(self.class_embedding.weight, std=0.5)
         # From fine to coarse: the pixels, their patches, then halves of halves
-        widths, patches = (1, *channels), (c["PATCH_SIZE"], *[2] * len(channels))
-        self.downs = nn.ModuleList(
-            Down(widths[i], widths[i + 1], patches[i], blocks[i], dim, dropout)
-            for i in range(len(channels)))
-        self.attention = SelfAttention(channels[-1], c["ATTENTION_HEAD_DIM"])
-        self.middle = nn.ModuleList(
-            ResBlock(channels[-1], dim, dropout) for _ in range(blocks[-1]))
-        self.ups = nn.ModuleList(
-            Up(channels[i + 1], channels[i], 2, blocks[i], dim, dropout)
-            for i in reversed(range(len(channels) - 1)))
+        widths, patches, top = (1, *channels), (c["PATCH_SIZE"], 2, 2, 2), len(channels) - 1
+        self.downs = nn.ModuleList(Down(widths[i], widths[i + 1], patches[i], blocks[i], dim,
+                                        dropout) for i in range(top + 1))
+        self.attention = SelfAttention(channels[top], c["ATTENTION_HEAD_DIM"])
+        self.middle = nn.ModuleList(ResBlock(channels[top], dim, dropout)
+                                    for _ in range(blocks[top]))
+        self.ups = nn.ModuleList(Up(channels[i + 1], channels[i], 2, blocks[i], dim, dropout)
+                                 for i in reversed(range(top)))
         self.norm = nn.BatchNorm2d(channels[0])
         self.to_pixels = PatchExpand(channels[0], 1, c["PATCH_SIZE"])
-        nn.init.zeros_(self.to_pixels.proj.weight)
-        nn.init.zeros_(self.to_pixels.proj.bias)
+        for parameter in self.to_pixels.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x_t, t, labels):
         emb = self.time_mlp(time_embedding(t / len(self.abar)))
@@ -417,16 +316,11 @@ def model_size(model):
         copy.deepcopy(model).eval()(torch.zeros(1, 1, size, size).to(label.device), label, label)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
 
-# ----------------------------------------------------------------------------------------
-# The diffusion process
-
-@functools.lru_cache
+# ---- The diffusion process ---------------------------------------------------------------------
 def noise_schedule(steps, kind, beta_start=1e-4, beta_end=0.02):
     """betas (T,), float64. Raises UserError when they do not end in noise: abar < 0.001.
-
     "cosine": [2] eq. 17 with s = 0.008 and betas up to 0.999. "linear": [1] section 4, scaled by
-    1000 / T, so that every T ends as the published T = 1000 does.
-    """
+    1000 / T, so that every T ends as the published T = 1000 does."""
     if kind == "cosine":
         time = torch.arange(steps + 1, dtype=torch.float64) / steps
         f = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -442,38 +336,42 @@ def noise_schedule(steps, kind, beta_start=1e-4, beta_end=0.02):
 def alphas_cumprod(constants=None):
     """abar (T,), float32: the share of x_start's variance that is left in x_t, [1] eq. 4."""
     c = constants or model_constants()
-    betas = noise_schedule(*(c[name] for name in (
-        "NUM_DIFFUSION_STEPS", "BETA_SCHEDULE", "BETA_START", "BETA_END")))
+    betas = noise_schedule(*(c[name] for name in MODEL_CONSTANTS[-4:]))
     return (1 - betas).cumprod(0).float()
 
 def q_sample(x_start, t, noise=None, abar=None):
     """x_t ~ q(x_t | x_start), [1] eq. 4: sqrt(abar_t) x_start + sqrt(1 - abar_t) noise.
-
-    x_start and noise (default: fresh) float (B, 1, H, W), t int (B,), abar (T,) (default: that
-    of the module's constants).
-    """
+    x_start, noise (default: fresh) float (B, 1, H, W); t int (B,); abar (T,) (the constants')."""
     noise = torch.randn_like(x_start) if noise is None else noise
     a = (alphas_cumprod().to(t.device) if abar is None else abar)[t].view(-1, 1, 1, 1)
     return a.sqrt() * x_start + (1 - a).sqrt() * noise
 
 def x_start_from_v(x_t, t, v, abar):
     """x_start = sqrt(abar_t) x_t - sqrt(1 - abar_t) v, [4] section 4.
-
-    The model predicts v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_start.
-    """
+    The model predicts v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_start."""
     a = abar[t].view(-1, 1, 1, 1)
     return a.sqrt() * x_t - (1 - a).sqrt() * v
 
 def posterior(x_start, x_t, abar_t, abar_next, eta=1.0):
     """Mean (B, 1, H, W) and standard deviation (float) of q(x_next | x_t, x_start).
-
     [3] eq. 7 and 16; abar_next = 1 for the image itself. eta = 1 between neighbouring steps is
-    DDPM's posterior, [1] eq. 7; eta = 0 is deterministic.
-    """
+    DDPM's posterior, [1] eq. 7; eta = 0 is deterministic."""
     noise = (x_t - math.sqrt(abar_t) * x_start) / math.sqrt(1 - abar_t)
     std = eta * math.sqrt((1 - abar_next) / (1 - abar_t) * (1 - abar_t / abar_next))
     mean = math.sqrt(abar_next) * x_start + math.sqrt(max(0, 1 - abar_next - std**2)) * noise
     return mean, std
+
+@functools.lru_cache
+def has_bf16(device_type):
+    """Whether the hardware multiplies in bf16; a CPU that only emulates it is slower by far."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return device_type == "cpu" and any(map(known.get, ("avx512_bf16", "amx_bf16")))
+
+def precision(device):
+    """"bf16" or "fp32": PRECISION or, for "auto", what the device is best at."""
+    return PRECISION if PRECISION != "auto" else "bf16" if has_bf16(device.type) else "fp32"
 
 def predict_x_start(model, x_t, t, labels, guidance_scale=1.0):
     """The model's x_start (B, 1, H, W), float32, not clipped; guided as in [5] eq. 6."""
@@ -488,44 +386,37 @@ def predict_x_start(model, x_t, t, labels, guidance_scale=1.0):
 
 def diffusion_loss(model, x_start, t, labels, noise):
     """Mean squared error of v for each image, (B,), apart from overshoot.
-
-    Pixels end at -1 and 1 (half of all are exactly -1), and sampling clips there: a prediction
-    beyond the end is as right as one on it. Were it punished, half of the background would come
-    out a little too bright: the grain that few sampling steps leave.
-    """
+    Pixels end at -1 and 1 (half of all are exactly -1), and sampling clips there, so a prediction
+    beyond is as right as one at the end. Punished, it would leave half of the background a little
+    too bright: the grain that few sampling steps show."""
     x_t = q_sample(x_start, t, noise, model.abar)
     error = predict_x_start(model, x_t, t, labels) - x_start
     error = error.masked_fill((x_start.abs() >= 1) & (error * x_start > 0), 0)
     return error.square().mean((1, 2, 3)) / (1 - model.abar[t])     # v's error by x_start's
 
-# ----------------------------------------------------------------------------------------
-# Sampling
-
+# ---- Sampling ----------------------------------------------------------------------------------
 @torch.no_grad()
 def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None, callback=None,
            batch_size=500):
     """Images (N, 1, H, W) in [-1, 1] of the labels (N,), on the model's device.
-
     steps of the T, eta, guidance_scale and seed default to the constants. eta = 1 with steps = T
     is DDPM [1], eta = 0 the deterministic second-order solver [6], others DDIM [3].
     Image i depends on seed and i alone: with any N and batch_size it is the same, up to 1e-4 in
-    fp32. callback(t, x_t) sees all images before each step t and, with t = -1, the result.
-    """
-    steps = min(SAMPLING_STEPS if steps is None else steps, len(model.abar))
-    eta = SAMPLING_ETA if eta is None else eta
-    scale = GUIDANCE_SCALE if guidance_scale is None else guidance_scale
-    seed = SEED if seed is None else seed
-    abar, shape = model.abar.tolist() + [1.0], (1, *[model.constants["IMG_SIZE"]] * 2)
+    fp32. callback(t, x_t) sees all images before each step t and, with t = -1, the result."""
+    steps, eta, scale, seed = (default if given is None else given for given, default in (
+        (steps, SAMPLING_STEPS), (eta, SAMPLING_ETA), (guidance_scale, GUIDANCE_SCALE),
+        (seed, SEED)))
+    abar, size = model.abar.tolist() + [1.0], model.constants["IMG_SIZE"]
     labels = torch.as_tensor(labels, device=model.abar.device)
     streams = [generator("sample", seed, i) for i in range(len(labels))]
 
     def fresh_noise():  # a stream an image, on the CPU: the same on all machines, in any batch
-        noise = [torch.randn(shape, generator=stream) for stream in streams]
-        return torch.cat(noise).view(-1, *shape).to(labels.device) if noise else torch.empty(0, *shape)
+        noise = [torch.randn(1, size, size, generator=stream) for stream in streams]
+        return torch.stack(noise).to(labels.device) if noise else torch.empty(0, 1, size, size)
 
     x_t, before = fresh_noise(), None
-    visited = np.linspace(len(model.abar) - 1, 0, steps).round().astype(int).tolist()
-    for t, t_next in zip(visited, visited[1:] + [-1]):      # abar[-1] is 1, the image's
+    visited = np.linspace(len(model.abar) - 1, 0, min(steps, len(model.abar))).round().astype(int)
+    for t, t_next in zip(visited.tolist(), [*visited[1:], -1]):  # abar[-1] is 1, the image's
         if callback:
             callback(t, x_t)
         x_start = torch.cat([
@@ -544,9 +435,7 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None, 
         callback(-1, x_t)
     return x_t
 
-# ----------------------------------------------------------------------------------------
-# Averaged weights, and the held-out loss that judges them
-
+# ---- Averaged weights, and the held-out loss that judges them ----------------------------------
 @torch.no_grad()
 def update_average(average, model, step):
     """Power-function average of the weights after `step` (1, 2, ...) updates, [8] eq. 127."""
@@ -556,9 +445,7 @@ def update_average(average, model, step):
 @torch.no_grad()
 def refresh_batch_norm(model, images, labels, batches=20, batch_size=256):
     """Measure batch normalization's statistics for these weights, on noisy training images.
-
-    Averaged weights fit neither the statistics of the last weights nor an average of them.
-    """
+    Averaged weights fit neither the statistics of the last weights nor an average of them."""
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over the batches
@@ -592,15 +479,11 @@ def heldout_loss(model, images, labels, batch_size=500):
         by_noise_level(diffusion_loss(model, to_float(x), s, y, n), s, len(model.abar))
         for x, s, y, n in batches))
 
-# ----------------------------------------------------------------------------------------
-# Pictures
-
+# ---- Pictures ----------------------------------------------------------------------------------
 def atomic_write(path, data):
     """Write bytes beside path, flush them to the disk, rename them over path.
-
-    A reader, a crash or a full disk never meets half a file: what stood at path stays until the
-    new file is whole. Raises UserError, naming path, when it cannot be written.
-    """
+    Nobody ever meets half a file: what stood at path stays until the new one is whole. Raises
+    UserError, naming path, when it cannot be written."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.writing")
     try:
@@ -610,11 +493,9 @@ def atomic_write(path, data):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise UserError(f"cannot write {path.absolute()} ({error.strerror}). The earlier file of "
-                        "that name is untouched; free the disk or make the folder writable, then "
-                        "run again to go on") from error
+        beside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path.absolute()} ({error.strerror}); its last version stays "
+                        "as it was. Make room or the folder writable, then run again") from error
 
 def save_figure(figure, path):
     buffer = io.BytesIO()
@@ -630,22 +511,18 @@ def mosaic(images, columns, gap=2):
 
 def draw_classes(images, names, title, path):
     """Save images (10 * columns, 1, H, W) on a fixed gray scale: a row a class, named columns."""
-    columns, rows, cell = len(names), NUM_CLASSES, images.shape[-1] + 2
-    figure = Figure(figsize=(1.8 + 0.62 * columns, 0.9 + 0.62 * rows), layout="constrained")
-    axes = figure.add_subplot()
+    columns, cell = len(names), images.shape[-1] + 2
+    figure = Figure(figsize=(1.8 + 0.62 * columns, 7.1), layout="constrained")
+    axes = figure.add_subplot(title=title)
     axes.imshow(mosaic(images, columns), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    axes.set_yticks([cell * (row + 0.5) for row in range(rows)], CLASS_NAMES)
+    axes.set_yticks([cell * (row + 0.5) for row in range(NUM_CLASSES)], CLASS_NAMES)
     axes.set_xticks([cell * (column + 0.5) for column in range(columns)], names)
     axes.tick_params(length=0)
-    axes.set_title(title)
     save_figure(figure, path)
 
 def generate_visualizations(model, epoch, final=False):
-    """Draw samples of each class, and how the first of each class came out of noise.
-
-    Writes epoch_{epoch}_samples.png and _generation.png into PICTURE_DIR or, when final, the
-    final samples and an animated GIF: one batch of fixed noise, the same every epoch.
-    """
+    """Draw samples of each class, and how the first of each came out of noise: one fixed batch.
+    Writes both PNGs of the epoch or, when final, the final samples and an animated GIF."""
     columns, names, frames = PICTURE_COLUMNS, [], []
 
     def watch(t, x_t):
@@ -653,57 +530,51 @@ def generate_visualizations(model, epoch, final=False):
         frames.append(x_t[::columns].cpu())                         # (10, 1, H, W)
 
     images = sample(model, torch.arange(NUM_CLASSES).repeat_interleave(columns), callback=watch)
-    about = (f"epoch {epoch}: {len(frames) - 1} of {len(model.abar)} steps, "
-             f"guidance {GUIDANCE_SCALE:g}")
-    stem = f"{PICTURE_DIR}/epoch_{epoch}"
+    stem, steps = f"{PICTURE_DIR}/epoch_{epoch}", f"{len(frames) - 1} of {len(model.abar)} steps"
+    about = f"epoch {epoch}, {steps}, guidance {GUIDANCE_SCALE:g}"
     draw_classes(images, range(1, columns + 1), f"Samples, {about}",
                  "final_fashion_mnist_samples.png" if final else f"{stem}_samples.png")
     if final:
         buffer, (first, *rest) = io.BytesIO(), [Image.fromarray(mosaic(f, 5)) for f in frames]
-        first.save(buffer, "GIF", save_all=True, append_images=rest, loop=0,
-                   duration=[100] * len(rest) + [2000])
-        atomic_write("final_fashion_mnist_generation.gif", buffer.getvalue())
-    else:
-        shown = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
-        draw_classes(torch.stack([frames[i] for i in shown], dim=1).flatten(0, 1),
-                     [names[i] for i in shown], f"From noise to image, {about}",
-                     f"{stem}_generation.png")
+        times = [100] * len(rest) + [2000]                          # ms, the image held
+        first.save(buffer, "GIF", save_all=True, append_images=rest, loop=0, duration=times)
+        return atomic_write("final_fashion_mnist_generation.gif", buffer.getvalue())
+    shown = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
+    draw_classes(torch.stack([frames[i] for i in shown], dim=1).flatten(0, 1),
+                 [names[i] for i in shown], f"Noise to image, {about}", f"{stem}_generation.png")
 
 def draw_losses(history):
     """training_loss.png: each epoch's loss, in all and by noise level, training and held out."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, 2)
-    for kind, style, name in (("train", "--", "training"), ("heldout", "-", "held out")):
+    for kind, style in (("train", "--"), ("heldout", "-")):
         for i, level in enumerate(("loss", *NOISE_LEVELS)):
-            panels[min(i, 1)].plot(
-                [row["epoch"] for row in history], [row[f"{kind}_{level}"] for row in history],
-                style, color=f"C{i}", marker=".", label=f"{level} steps, {name}" if i else name)
+            panels[min(i, 1)].plot([row["epoch"] for row in history],
+                                   [row[f"{kind}_{level}"] for row in history], style, marker=".",
+                                   color=f"C{i}", label=f"{kind} {level}")
     for axes, title in zip(panels, ("All steps", "By noise level (early steps: little noise)")):
         axes.set(title=title, xlabel="epoch", ylabel="mean squared error of v", yscale="log")
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize="small")
+        axes.legend()
     save_figure(figure, "training_loss.png")
 
-# ----------------------------------------------------------------------------------------
-# Checkpoints
+# ---- Checkpoints -------------------------------------------------------------------------------
+TRAINED = ("model", "average", "muon", "adamw")  # what a Trainer has and a checkpoint holds
 
-def checkpoint_path(what):
-    """Path of the checkpoint "last", "best_model" or "epoch_10"."""
+def checkpoint_path(what):  # "last", "best_model" or "epoch_10"
     return Path(f"{CHECKPOINT_PREFIX}_{what}.pt")
 
 def read_checkpoint(path):
     """The checked state in a file, executing nothing. Raises UserError, naming a bad file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for name in ("constants", "model", "average", "optimizers", "progress"):
-            state[name].keys()
+        [state[name].keys() for name in ("constants", "progress", *TRAINED)]
         for name, value in {**state["model"], **state["average"]}.items():
             if not value.isfinite().all():
                 raise ValueError(f"{name} is not finite")
     except Exception as error:  # torch.load raises whatever the bytes suggest to it
-        reason = str(error).split("\n")[0][:100]
-        raise UserError(f"{path} is damaged or no checkpoint of this script "
-                        f"({type(error).__name__}: {reason})") from error
+        reason = f"{type(error).__name__}: {error}".split("\n")[0][:100]
+        raise UserError(f"{path} is damaged or no checkpoint of this script ({reason})") from error
     return state
 
 def load_denoiser(path, device=None):
@@ -717,118 +588,77 @@ def load_denoiser(path, device=None):
     model = model.to(device or pick_device(), memory_format=torch.channels_last)
     return model.eval().requires_grad_(False)
 
-def set_aside(path):
-    """Rename path to path.1, path.2, ...: out of the way, never deleted. Returns the new path."""
-    number = 1
-    while (new := Path(f"{path}.{number}")).exists():
-        number += 1
-    return path.rename(new)
-
 def newest_checkpoint(constants):
-    """(path, state) of the newest whole checkpoint, or (None, None); sets damaged ones aside.
-
-    Raises UserError when it is of another model than the constants describe.
-    """
-    newest, step = (None, None), -1
-    for path in (checkpoint_path("last"), checkpoint_path("best_model"),
-                 *Path().glob(f"{checkpoint_path('epoch_*')}")):
-        if path.exists() and not RESUME:
-            print(f"RESUME is False: {path} is kept as {set_aside(path)}")
-        elif path.exists():
-            try:
+    """(path, state) of the newest whole checkpoint, path None for none; sets damaged ones aside.
+    Raises UserError when it is of another model than the constants describe."""
+    found = [(-1, None, {"constants": constants})]
+    numbered = Path().glob(str(checkpoint_path("epoch_*")))
+    for path in (checkpoint_path("last"), checkpoint_path("best_model"), *numbered):
+        try:
+            if path.exists() and not RESUME:
+                raise UserError("RESUME is False")
+            if path.exists():
                 state = read_checkpoint(path)
-            except UserError as error:
-                print(f"{error}: kept as {set_aside(path)}, looking for an older one")
-                continue
-            if state["progress"]["step"] > step:
-                newest, step = (path, state), state["progress"]["step"]
-    theirs = newest[1]["constants"] if newest[1] else constants
+                found.append((state["progress"]["step"], path, state))
+        except UserError as error:
+            aside = next(new for i in range(1, 9999) if not (new := Path(f"{path}.{i}")).exists())
+            print(f"{error}: {path} is kept as {path.rename(aside)}", flush=True)
+    _, path, state = max(found, key=lambda item: item[0])
+    theirs = state["constants"]
     differing = [f"{name} was {theirs.get(name)}, is {constants.get(name)}"
                  for name in {**constants, **theirs} if theirs.get(name) != constants.get(name)]
     if differing:
-        raise UserError(f"{newest[0]} has another model: {'; '.join(differing)}. Set these back "
-                        "to go on with it, or set RESUME = False to set it aside")
-    return newest
+        raise UserError(f"{path} has another model: {'; '.join(differing)}. Set these back to go "
+                        "on with it, or set RESUME = False to set it aside")
+    return path, state
 
-# ----------------------------------------------------------------------------------------
-# Training
+# ---- Training ----------------------------------------------------------------------------------
+def pick_device():
+    """CUDA, then MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal [9], for weights of two and more dimensions.
+def keep_freed_memory():
+    """Let glibc reuse freed memory: mapping and zeroing it anew costs a fifth of a CPU's step."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(-4, 0)            # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD
 
-    Each weight (out, ...) is seen as a matrix (out, rest). Five Newton-Schulz steps turn its
-    averaged gradient U S V^T into about U V^T: every direction is learned at the same pace.
-    """
-
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for weight in group["params"]:
-                state = self.state[weight]
-                average = state.setdefault("average", torch.zeros_like(weight))
-                average.lerp_(weight.grad, 1 - group["momentum"])
-                update = weight.grad.lerp(average, group["momentum"])       # Nesterov's
-                update = self.orthogonalize(update.flatten(1))
-                scale = max(1, update.shape[0] / update.shape[1]) ** 0.5
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update.view_as(weight), alpha=-group["lr"] * scale)
-
-    @staticmethod
-    def orthogonalize(matrix):
-        """About U V^T of a matrix U S V^T: its singular values become 0.7 to 1.2."""
-        wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-        x = (wide / (wide.norm() + 1e-7)).bfloat16()
-        for _ in range(5):  # a quintic polynomial with the coefficients of [9]
-            gram = x @ x.T
-            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-        return (x if wide is matrix else x.T).to(matrix.dtype)
+def as_matrix(weight):
+    """A channels_last kernel (out, in, h, w), seen as a matrix (out, h * w * in)."""
+    return weight.permute(0, 2, 3, 1).flatten(1) if weight.ndim == 4 else weight
 
 class Trainer:
     """The weights, their average, the optimizers and the progress: all that a resume restores.
-
     progress: "epoch" finished epochs, "position" images of the epoch at hand, "step" updates,
-    "sums" losses of the epoch at hand, "best_loss", "best_epoch", "history" (a row an epoch).
-    """
-
+    "sums" losses of the epoch at hand, "best_loss", "best_epoch", "history" (a row an epoch)."""
     def __init__(self, device):
-        torch.manual_seed(seed_of("weights", SEED))
+        torch.manual_seed(SEED)
         self.model = FashionMNISTUNetDenoiser(dropout=DROPOUT)
         self.model.to(device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
-        matrices = {name: p for name, p in self.model.named_parameters()
-                    if p.ndim > 1 and min(p.shape[:2]) >= 16 and "embedding" not in name}
-        others = [p for name, p in self.model.named_parameters() if name not in matrices]
-        self.optimizers = {
-            "muon": Muon(matrices.values(), MUON_LEARNING_RATE, weight_decay=WEIGHT_DECAY),
-            "adamw": torch.optim.AdamW(others, LEARNING_RATE, (0.9, 0.99), fused=device.type != "mps",
-                                       weight_decay=WEIGHT_DECAY)}
+        kernels = {name: p for name, p in self.model.named_parameters()
+                   if p.ndim > 1 and min(p.shape[:2]) >= 16 and "embedding" not in name}
+        others = [p for name, p in self.model.named_parameters() if name not in kernels]
+        # torch's Muon takes matrices: it gets other views of the same memory
+        self.matrices = [(nn.Parameter(as_matrix(p.data)), p) for p in kernels.values()]
+        self.muon = torch.optim.Muon([matrix for matrix, _ in self.matrices], MUON_LEARNING_RATE,
+                                     weight_decay=WEIGHT_DECAY)
+        self.adamw = torch.optim.AdamW(others, LEARNING_RATE, (0.9, 0.99),
+                                       weight_decay=WEIGHT_DECAY, fused=device.type != "mps")
         self.progress = {"epoch": 0, "position": 0, "step": 0, "sums": torch.zeros(2, 3),
                          "best_loss": math.inf, "best_epoch": 0, "history": []}
-        self.parallel = self.model
-        if WORLD > 1:
-            if device.type == "cuda":  # statistics of the whole batch; on CPUs of each share
-                self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-            self.parallel = nn.parallel.DistributedDataParallel(self.model)
-            self.parallel.abar = self.model.abar
-
-    def state_dict(self):
-        return {"constants": self.model.constants, "model": self.model.state_dict(),
-                "average": self.average.state_dict(), "progress": self.progress,
-                "optimizers": {k: v.state_dict() for k, v in self.optimizers.items()}}
 
     def load_state_dict(self, state):
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
         self.progress.update(state["progress"])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        for name in TRAINED:
+            getattr(self, name).load_state_dict(state[name])
 
     def save(self, *names):
         buffer = io.BytesIO()
-        torch.save(self.state_dict(), buffer)
+        torch.save({"constants": self.model.constants, "progress": self.progress,
+                    **{name: getattr(self, name).state_dict() for name in TRAINED}}, buffer)
         for name in names:
             atomic_write(checkpoint_path(name), buffer.getbuffer())
 
@@ -840,32 +670,28 @@ class Trainer:
 
     def step(self, images, labels):
         """One update on the next BATCH_SIZE images (uint8, on the device) of the epoch.
-
-        Order, steps, noise and dropped labels are functions of SEED, epoch and step alone: the
-        same after a resume and, as each process draws the whole batch's, for any WORLD.
-        """
+        Order, steps, noise and dropped labels are functions of SEED, epoch and step alone, and so
+        the same after a resume."""
         now, steps, device = self.progress, len(self.model.abar), images.device
         order = epoch_order(now["epoch"], len(images))
         batch = order[now["position"]:now["position"] + BATCH_SIZE].to(device)
-        torch.manual_seed(seed_of("step", SEED, now["step"]))
-        t = (torch.arange(BATCH_SIZE, device=device) + torch.rand(BATCH_SIZE, device=device))
+        torch.manual_seed(generator("step", SEED, now["step"]).initial_seed())
+        t = torch.arange(BATCH_SIZE, device=device) + torch.rand(BATCH_SIZE, device=device)
         t = (t * steps / BATCH_SIZE).long().clamp(max=steps - 1)    # spread evenly over 0 ... T-1
         noise = torch.randn(BATCH_SIZE, *images.shape[1:], device=device)
         dropped = torch.rand(BATCH_SIZE, device=device) < LABEL_DROPOUT
         y = labels[batch].masked_fill(dropped, NUM_CLASSES)
-        x_start, t, y, noise = (
-            part[RANK::WORLD] for part in (to_float(images[batch]), t, y, noise))
-
-        losses = diffusion_loss(self.parallel.train(), x_start, t, y, noise)
+        losses = diffusion_loss(self.model.train(), to_float(images[batch]), t, y, noise)
         losses.mean().backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
+        for matrix, kernel in self.matrices:
+            matrix.grad = as_matrix(kernel.grad)
         done = (now["epoch"] + now["position"] / len(images)) / EPOCHS
         factor = min(1, (now["step"] + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * done)) / 2
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = factor * optimizer.defaults["lr"]
+        for optimizer in (self.muon, self.adamw):
+            optimizer.param_groups[0]["lr"] = factor * optimizer.defaults["lr"]
             optimizer.step()
-            optimizer.zero_grad()
+        self.model.zero_grad()
         now["step"] += 1
         now["position"] += BATCH_SIZE
         now["sums"] = now["sums"].to(device) + by_noise_level(losses, t, steps)
@@ -880,131 +706,105 @@ def check_losses(sums):
     """The mean loss. Raises UserError when training has diverged; untrained, it is about 1."""
     loss = mean_losses(sums)["loss"]
     if not loss < 10:
-        raise UserError(f"training diverged: the loss is {loss:g}. The last good checkpoint is "
-                        "kept; lower LEARNING_RATE, MUON_LEARNING_RATE or GRADIENT_CLIP, raise "
-                        'WARMUP_STEPS, or set PRECISION = "fp32", and run again')
+        raise UserError(f"training diverged (loss {loss:g}); the last good checkpoint is kept. "
+                        "Lower LEARNING_RATE, MUON_LEARNING_RATE or GRADIENT_CLIP, raise "
+                        'WARMUP_STEPS or set PRECISION = "fp32", then run again')
     return loss
 
 def finish_epoch(trainer, images, labels, heldout):
-    """Judge the averaged weights, draw, log and, last, save; returns the row of the log."""
+    """Judge the averaged weights, draw, log and, last, save."""
     now = trainer.progress
-    if WORLD > 1:
-        dist.all_reduce(now["sums"])
     check_losses(now["sums"])
+    refresh_batch_norm(trainer.average, images, labels)
     row = {"epoch": now["epoch"] + 1, "step": now["step"]}
-    row |= {f"train_{name}": value for name, value in mean_losses(now["sums"]).items()}
+    for kind, losses in (("train", mean_losses(now["sums"])),
+                         ("heldout", heldout_loss(trainer.average, *heldout))):
+        row |= {f"{kind}_{name}": value for name, value in losses.items()}
     now.update(epoch=row["epoch"], position=0, sums=torch.zeros(2, 3))
-    if RANK == 0:
-        refresh_batch_norm(trainer.average, images, labels)
-        losses = heldout_loss(trainer.average, *heldout)
-        row |= {f"heldout_{name}": value for name, value in losses.items()}
-        now["history"].append(row)
-        if losses["loss"] < now["best_loss"]:
-            now.update(best_loss=losses["loss"], best_epoch=row["epoch"])
-        generate_visualizations(trainer.average, row["epoch"])
-        draw_losses(now["history"])
-        table = [list(row), *(list(past.values()) for past in now["history"])]
-        atomic_write("training_log.csv", "".join(
-            ",".join(map(str, line)) + "\n" for line in table).encode())
-        trainer.save_epoch()
-    return row
+    now["history"].append(row)
+    if row["heldout_loss"] < now["best_loss"]:
+        now.update(best_loss=row["heldout_loss"], best_epoch=row["epoch"])
+    generate_visualizations(trainer.average, row["epoch"])
+    draw_losses(now["history"])
+    table = [row, *(past.values() for past in now["history"])]
+    text = "".join(",".join(map(str, line)) + "\n" for line in table)
+    atomic_write("training_log.csv", text.encode())
+    trainer.save_epoch()
+
+def exit_if_asked(trainer, images, labels, stop):
+    """Save and exit with 128 + the signal's number when there is one in the list `stop`."""
+    if stop:
+        if trainer.progress["position"]:
+            check_losses(trainer.progress["sums"])
+            refresh_batch_norm(trainer.average, images, labels)
+        trainer.save("last")
+        print(f"stopped by {signal.Signals(stop[0]).name}, state saved in "
+              f"{checkpoint_path('last')}: run the same command again to go on", flush=True)
+        sys.exit(128 + stop[0])
 
 def train(trainer, images, labels, heldout, stop):
     """Run the epochs that are left. Exits, the state saved, when a signal is added to `stop`."""
-    now, start, trained = trainer.progress, time.perf_counter(), 0
-    per_epoch = len(images) // BATCH_SIZE * BATCH_SIZE
-
-    def left():
-        remaining = (EPOCHS - now["epoch"]) * per_epoch - now["position"]
-        minutes, seconds = divmod((time.perf_counter() - start) / max(1, trained) * remaining, 60)
-        return f"{minutes // 60:.0f}:{minutes % 60:02.0f}:{int(seconds):02d} left"
-
-    while now["epoch"] < EPOCHS:
-        name, epoch_start, before = f"epoch {now['epoch'] + 1}/{EPOCHS}", time.perf_counter(), trained
-        with tqdm(total=per_epoch, initial=now["position"], desc=name, unit=" images",
-                  leave=False, disable=None if RANK == 0 else True) as bar:
-            while now["position"] < per_epoch:
-                if now["step"] % 20 == 0:
-                    if now["position"]:
-                        bar.set_postfix_str(f"loss {check_losses(now['sums']):.4f}, {left()}")
+    now, per_epoch = trainer.progress, len(images) // BATCH_SIZE * BATCH_SIZE
+    first = now["epoch"] * per_epoch + now["position"]
+    began, total = time.perf_counter(), EPOCHS * per_epoch
+    with tqdm(total=total, initial=first, unit=" images", smoothing=0, disable=None) as bar:
+        while now["epoch"] < EPOCHS:
+            epoch_began, position = time.perf_counter(), now["position"]
+            bar.set_description(f"epoch {now['epoch'] + 1}/{EPOCHS}")
+            while now["position"] + BATCH_SIZE <= len(images):
                 trainer.step(images, labels)
-                trained += BATCH_SIZE
+                if now["step"] % 20 == 0:
+                    bar.set_postfix_str(f"loss {check_losses(now['sums']):.4f}", refresh=False)
                 bar.update(BATCH_SIZE)
-                exit_if_asked(trainer, stop)
-        rate = (trained - before) / (time.perf_counter() - epoch_start)
-        row = finish_epoch(trainer, images, labels, heldout)
-        if RANK == 0:
-            best = " (best)" if now["best_epoch"] == now["epoch"] else ""
-            print(f"{name}: loss {row['train_loss']:.4f}, held out {row['heldout_loss']:.4f}{best}, "
-                  f"{rate:.0f} images/s, {time.perf_counter() - epoch_start:.0f} s, {left()}",
-                  flush=True)
-        exit_if_asked(trainer, stop)
+                exit_if_asked(trainer, images, labels, stop)
+            rate = (per_epoch - position) / (time.perf_counter() - epoch_began)
+            finish_epoch(trainer, images, labels, heldout)
+            done = now["epoch"] * per_epoch
+            left = (time.perf_counter() - began) / (done - first) * (total - done)
+            row, best = now["history"][-1], " (best)" * (now["best_epoch"] == now["epoch"])
+            bar.write(f"epoch {now['epoch']}/{EPOCHS}: loss {row['train_loss']:.4f}, held out "
+                      f"{row['heldout_loss']:.4f}{best}, {rate:.0f} images/s, "
+                      f"{time.perf_counter() - epoch_began:.0f} s, {left / 60:.0f} min left")
+            sys.stdout.flush()
+            exit_if_asked(trainer, images, labels, stop)
 
-def exit_if_asked(trainer, stop):
-    """Save and exit with 128 + the signal's number when any process was sent one."""
-    number = torch.tensor(sum(stop[:1]), device=trainer.model.abar.device)
-    if WORLD > 1:
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    if number := int(number):
-        if trainer.progress["position"]:
-            check_losses(trainer.progress["sums"])
-        if RANK == 0:
-            trainer.save("last")
-            print(f"stopped by {signal.Signals(number).name}, state saved in "
-                  f"{checkpoint_path('last')}: run the same command again to go on", flush=True)
-        sys.exit(128 + number)
-
-# ----------------------------------------------------------------------------------------
-# main
-
-def whole(low, high=10**9):
-    words = f"an integer from {low} to {high}" if high < 10**9 else f"an integer of at least {low}"
-    return words, lambda value: type(value) is int and low <= value <= high
-
-def real(low, high, words):
-    return words, lambda value: type(value) is not bool and low <= value <= high
-
-def one_of(*values):
-    return " or ".join(map(repr, values)), lambda value: value in values
-
-POSITIVE, SHARE = real(1e-12, 1e9, "a number above 0"), real(0, 0.999, "from 0 to below 1")
-NOT_NEGATIVE, ANY = real(0, 1e9, "a number of at least 0"), ("a path", lambda value: str(value))
-
-# Of each constant: the default, which README.md's results were measured with; what is allowed.
+# ---- main --------------------------------------------------------------------------------------
+# Each constant's default, with which README.md's results were measured, and what is allowed: the
+# least and greatest number, or a tuple of choices.
 ALLOWED = {
-    "EPOCHS": (150, whole(1)), "BATCH_SIZE": (128, (
-        f"an integer of at least 2 for each of {WORLD} processes, the same for each",
-        lambda value: type(value) is int and value >= 2 * WORLD and value % WORLD == 0)),
-    "LEARNING_RATE": (2e-3, POSITIVE), "MUON_LEARNING_RATE": (0.02, POSITIVE),
-    "WARMUP_STEPS": (200, whole(1)), "WEIGHT_DECAY": (0.01, NOT_NEGATIVE),
-    "GRADIENT_CLIP": (1.0, POSITIVE), "DROPOUT": (0.0, SHARE), "LABEL_DROPOUT": (0.1, SHARE),
-    "EMA_GAMMA": (16.0, NOT_NEGATIVE), "SEED": (0, whole(0)), "IMG_SIZE": (28, whole(16, 64)),
-    "DATA_DIR": ("data", ANY), "SYSTEM_DATA_DIR": ("/usr/share/datasets/fashion-mnist", ANY),
-    "PATCH_SIZE": (2, whole(1, 4)), "CHANNELS": ((64, 128), (
-        "1 to 4 positive integers, the last a multiple of ATTENTION_HEAD_DIM",
-        lambda value: 0 < len(value) < 5 and all(type(c) is int and c > 0 for c in value)
-        and value[-1] % ATTENTION_HEAD_DIM == 0)),
-    "BLOCKS": ((1, 1), ("as many integers of at least 0 as CHANNELS has", lambda value: len(
-        value) == len(CHANNELS) and all(type(n) is int and n >= 0 for n in value))),
-    "EMBEDDING_DIM": (256, whole(1)), "ATTENTION_HEAD_DIM": (32, whole(1)),
-    "NUM_DIFFUSION_STEPS": (100, whole(2)), "BETA_SCHEDULE": ("cosine", one_of("cosine", "linear")),
-    "BETA_START": (1e-4, POSITIVE), "BETA_END": (0.02, POSITIVE), "SAMPLING_STEPS": (20, whole(1)),
-    "SAMPLING_ETA": (0.0, real(0, 1, "from 0 to 1")), "GUIDANCE_SCALE": (1.0, NOT_NEGATIVE),
-    "PRECISION": ("auto", one_of("auto", "bf16", "fp32")), "RESUME": (True, one_of(True, False)),
-    "CHECKPOINT_EVERY": (10, whole(1)), "PICTURE_COLUMNS": (10, whole(2)),
-    "PICTURE_DIR": ("epoch_visualizations", ANY),
-    "CHECKPOINT_PREFIX": ("fashion_mnist_diffusion", ANY)}
+    "EPOCHS": (150, 1, 1e6), "BATCH_SIZE": (128, 2, 1e5), "LEARNING_RATE": (2e-3, 1e-9, 10),
+    "MUON_LEARNING_RATE": (0.02, 1e-9, 10), "WARMUP_STEPS": (200, 1, 1e6),
+    "WEIGHT_DECAY": (0.01, 0, 10), "GRADIENT_CLIP": (1.0, 1e-9, 1e9), "DROPOUT": (0.0, 0, 0.99),
+    "LABEL_DROPOUT": (0.1, 0, 0.99), "EMA_GAMMA": (16.0, 0, 1e6), "SEED": (0, 0, 1e9),
+    "IMG_SIZE": (28, 16, 64), "PATCH_SIZE": (2, 1, 4), "CHANNELS": ((64, 128), 1, 1e4),
+    "BLOCKS": ((1, 1), 0, 100), "EMBEDDING_DIM": (256, 1, 1e5), "ATTENTION_HEAD_DIM": (32, 1, 1e4),
+    "NUM_DIFFUSION_STEPS": (100, 2, 1e5), "BETA_SCHEDULE": ("cosine", ("cosine", "linear")),
+    "BETA_START": (1e-4, 1e-9, 1), "BETA_END": (0.02, 1e-9, 1), "SAMPLING_STEPS": (20, 1, 1e5),
+    "SAMPLING_ETA": (0.0, 0, 1), "GUIDANCE_SCALE": (1.0, 0, 100), "RESUME": (True, (True, False)),
+    "PRECISION": ("auto", ("auto", "bf16", "fp32")), "CHECKPOINT_EVERY": (10, 1, 1e6),
+    "PICTURE_COLUMNS": (10, 2, 100)}
 
 def check_constants():
     """Raise UserError naming each constant that cannot work, what is allowed and what it is."""
     wrong = []
-    for name, (_, (allowed, test)) in ALLOWED.items():
-        try:
-            fine = test(globals()[name])
-        except (TypeError, ZeroDivisionError):
-            fine = False
+    for name, (default, *allowed) in ALLOWED.items():
+        value, several = globals()[name], type(default) is tuple
+        kinds = (int,) if type(default[0] if several else default) is int else (int, float)
+        if len(allowed) == 2:
+            values = value if several else [value]
+            words = "an integer" if kinds == (int,) else "a number"
+            words = f"{'a tuple, each ' * several}{words} from {allowed[0]:g} to {allowed[1]:g}"
+            fine = (type(values) in (tuple, list)
+                    and all(type(v) in kinds and allowed[0] <= v <= allowed[1] for v in values))
+        else:
+            words, fine = " or ".join(map(repr, allowed[0])), value in allowed[0]
         if not fine:
-            wrong.append(f"{name} must be {allowed}, got {globals()[name]!r}")
+            wrong.append(f"{name} must be {words}, got {value!r}")
+    if not wrong and not len(BLOCKS) == len(CHANNELS) in (1, 2, 3, 4):
+        wrong.append(f"BLOCKS must have as many entries as CHANNELS, 1 to 4, got {BLOCKS!r}")
+    elif not wrong and CHANNELS[-1] % ATTENTION_HEAD_DIM:
+        wrong.append(f"ATTENTION_HEAD_DIM must divide {CHANNELS[-1]}, the last of CHANNELS, got "
+                     f"{ATTENTION_HEAD_DIM}")
     if wrong:
         raise UserError("; ".join(wrong))
     alphas_cumprod()  # checks BETA_START and BETA_END together
@@ -1022,71 +822,57 @@ def hold_folder():
                         f"that can be written to ({error})") from error
     with file:
         try:
-            fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(ImportError):  # Windows, where two runs are not told apart
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"another run holds {Path.cwd()}: {path.read_text()}. Wait for it, "
                             "stop it, or run in another folder") from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()} since {time.ctime()}")
         file.flush()
-        for unfinished in (*Path().glob(".*.writing"), *Path(PICTURE_DIR).glob(".*.writing")):
-            unfinished.unlink()
         yield
 
 def report(model, folder, images, heldout):
     """Say what will be done. Raises UserError when the disk is too small for it."""
     (parameters, flops), device = model_size(model), model.abar.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    changed = [f"{name} = {globals()[name]!r}" for name, (default, _) in ALLOWED.items()
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    changed = [f"{name} = {globals()[name]!r}" for name, (default, *_) in ALLOWED.items()
                if globals()[name] != default]
-    print(f"device     {device} ({name}), {precision(device)}, {torch.get_num_threads()} threads, "
-          f"{WORLD} process(es), torch {torch.__version__}\n"
+    print(f"device     {device} ({chip}), {precision(device)}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}\n"
           f"data       {len(images):,} training and {len(heldout):,} held-out images, {folder}\n"
           f"model      {parameters:,} parameters, {flops / 1e6:.1f} MFLOP per image\n"
           f"training   {EPOCHS} epochs of {len(images) // BATCH_SIZE} steps of {BATCH_SIZE}\n"
           f"constants  {', '.join(changed) or 'all at their defaults'}\n"
-          f"outputs    {CHECKPOINT_PREFIX}_*.pt, training_loss.png, training_log.csv, "
+          f"outputs    {checkpoint_path('*')}, training_loss.png, training_log.csv, "
           f"{PICTURE_DIR}/", flush=True)
     # A checkpoint has at most four numbers a parameter; an epoch's pictures at most 1 MB.
     needed = 16 * parameters * (4 + EPOCHS // CHECKPOINT_EVERY) + 10**6 * EPOCHS
     if (free := shutil.disk_usage(".").free) < needed:
-        raise UserError(f"the disk of {Path.cwd()} has {free / 1e6:.0f} MB free, this run needs "
-                        f"{needed / 1e6:.0f} MB: free some, raise CHECKPOINT_EVERY = "
-                        f"{CHECKPOINT_EVERY} or lower EPOCHS = {EPOCHS}")
+        raise UserError(f"{Path.cwd()} has {free / 1e6:.0f} MB free and this run needs "
+                        f"{needed / 1e6:.0f}: free some, raise CHECKPOINT_EVERY or lower EPOCHS")
 
 def run(stop):
-    """One process's whole run: data, model, resume, training, final pictures."""
-    device = pick_device()
-    if RANK == 0:
-        find_data()  # one process downloads while the others wait
-    if WORLD > 1:
-        dist.barrier()
-    folder = find_data()
+    """Data, model, resume, training, final pictures."""
+    device, folder = pick_device(), find_data()
     images, labels = (part.to(device) for part in load_fashion_mnist("train", folder))
     heldout = [part.to(device) for part in load_fashion_mnist("test", folder)]
     if BATCH_SIZE > len(images):
-        raise UserError(f"BATCH_SIZE must be at most {len(images)}, the number of training "
-                        f"images, got {BATCH_SIZE}")
-    trainer, path, state = Trainer(device), None, None
-    if RANK == 0:
-        report(trainer.model, folder, images, heldout[0])
-        path, state = newest_checkpoint(trainer.model.constants)
-    if WORLD > 1:  # the files may be on the first machine only
-        dist.broadcast_object_list(box := [state])
-        state = box[0]
-    if state:
-        trainer.load_state_dict(state)
-    now = trainer.progress
+        raise UserError(f"BATCH_SIZE must be at most the {len(images)} images, got {BATCH_SIZE}")
+    trainer = Trainer(device)
+    report(trainer.model, folder, images, heldout[0])
+    now, (path, state) = trainer.progress, newest_checkpoint(trainer.model.constants)
     if path:
+        trainer.load_state_dict(state)
         print(f"resuming   {path}: {now['epoch']} epochs and {now['position']} images of the next "
               "are done (RESUME = False starts anew)", flush=True)
         if now["position"] == 0:
             trainer.save_epoch()  # what a kill between two of these files left out
     train(trainer, images, labels, heldout, stop)
-    if RANK == 0:
-        generate_visualizations(trainer.average, now["epoch"], final=True)
-        print(f"finished   {now['epoch']} epochs, the best held-out loss {now['best_loss']:.4f} in "
-              f"epoch {now['best_epoch']}; see final_fashion_mnist_samples.png. EPOCHS can be raised")
+    generate_visualizations(trainer.average, now["epoch"], final=True)
+    print(f"finished   {now['epoch']} epochs, best held-out loss {now['best_loss']:.4f} (epoch "
+          f"{now['best_epoch']}): see final_fashion_mnist_samples.png; raise EPOCHS to go on")
 
 def main():
     """Train, resume or finish the run in the working directory, as the constants say."""
@@ -1098,16 +884,10 @@ def main():
         if stop:
             raise KeyboardInterrupt  # asked twice: at once
         stop.append(number)
-
-    with contextlib.ExitStack() as stack:
-        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+    with contextlib.ExitStack() as stack, hold_folder():
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, remember))
-        if RANK == 0:
-            stack.enter_context(hold_folder())
-        if WORLD > 1:
-            dist.init_process_group("nccl" if pick_device().type == "cuda" else "gloo")
-            stack.callback(dist.destroy_process_group)
         run(stop)
 
 if __name__ == "__main__":
