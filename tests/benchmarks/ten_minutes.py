@@ -1,0 +1,139 @@
+"""What does a model draw after ten minutes of training?
+
+    python tests/benchmarks/ten_minutes.py
+    python tests/benchmarks/ten_minutes.py --peer diffusers
+    python tests/benchmarks/ten_minutes.py --seconds 120 'CHANNELS=(64, 128)' 'BLOCKS=(1, 1)'
+
+Trains this project's default configuration, or one with other constants, but for as many epochs as fit into the time, or one
+of the peers in peers.py by its published recipe for the same time, on this machine. Then samples
+it, prints evaluate.py's table and saves a picture. Only training steps count as training time:
+what script_unet.py does between epochs (held-out loss, pictures, checkpoints) is added up apart.
+"""
+
+import argparse
+import ast
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import evaluate
+import peers
+import throughput
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import script_unet  # noqa: E402
+
+
+def train_ours(images, labels, seconds):
+    """Train in the working directory; returns the path of the checkpoint."""
+    device, batch_size = images.device, script_unet.BATCH_SIZE
+    heldout = [part.to(device) for part in script_unet.load_fashion_mnist("test")]
+    trial = throughput.our_step(script_unet.Trainer(device), images, labels)
+    throughput.rate(trial, 2, device)  # to warm up
+    rate = throughput.rate(trial, 5, device)
+    del trial
+    per_epoch = len(images) // batch_size * batch_size
+    # The learning rate follows EPOCHS: however short the run is, it ends at 0
+    script_unet.EPOCHS = max(1, int(seconds * rate / per_epoch))
+    print(f"{rate:.0f} images/s: {script_unet.EPOCHS} epochs of {per_epoch:,} images")
+
+    Path(script_unet.PICTURE_DIR).mkdir(parents=True, exist_ok=True)
+    trainer, training, between = script_unet.Trainer(device), 0.0, 0.0
+    for _ in range(script_unet.EPOCHS):
+        start = time.perf_counter()
+        for _ in tqdm(range(len(images) // batch_size), leave=False, disable=None):
+            trainer.step(images, labels)
+        middle = throughput.clock(device)
+        script_unet.finish_epoch(trainer, images, labels, heldout)
+        training += middle - start
+        between += time.perf_counter() - middle
+        row = trainer.progress["history"][-1]
+        print(f"epoch {row['epoch']}: loss {row['train_loss']:.4f}, held out "
+              f"{row['heldout_loss']:.4f}, {training:.0f} s of training", flush=True)
+    updates = trainer.progress["step"]
+    print(f"trained {training:.0f} s, {updates:,} updates, {updates * batch_size / training:.0f} "
+          f"images/s; another {between:.0f} s between the epochs")
+    return Path(f"{script_unet.CHECKPOINT_PREFIX}_last.pt").absolute()
+
+
+def train_peer(peer, images, labels, seconds, batch_size):
+    """Train a peer until the time is up."""
+    updates, start, elapsed = 0, time.perf_counter(), 0.0
+    with tqdm(total=round(seconds), unit=" s", leave=False, disable=None) as bar:
+        while elapsed < seconds:
+            for batch in torch.randperm(len(images)).to(images.device).split(batch_size):
+                peer.step(images[batch], labels[batch])
+                updates += 1
+                elapsed = throughput.clock(images.device) - start
+                bar.update(round(elapsed) - bar.n)
+                if elapsed >= seconds:
+                    break
+    print(f"trained {elapsed:.0f} s, {updates:,} updates of {batch_size} images, "
+          f"{updates * batch_size / elapsed:.0f} images/s")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("constants", nargs="*", metavar="NAME=VALUE",
+                        help="constants of script_unet.py to change")
+    parser.add_argument("--seconds", type=float, default=600, help="of training, default 600")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, metavar="DIR",
+                        help="for all files; default: a folder in tests/benchmarks/.cache/")
+    parser.add_argument("--samples", type=evaluate.per_class, default=200, metavar="N",
+                        help="images of each class to evaluate, default 200; the peers' samplers "
+                        "need up to 1000 steps an image, which may take hours without a GPU")
+    parser.add_argument("--peer", choices=peers.PEERS)
+    parser.add_argument("--batch-size", type=int, help="of the peer, default as published")
+    args = parser.parse_args()
+    name = args.peer or "_".join(["ours", *args.constants])
+    for constant in args.constants:
+        key, value = constant.split("=", 1)
+        if not hasattr(script_unet, key):
+            parser.error(f"script_unet.py has no constant {key}")
+        setattr(script_unet, key, ast.literal_eval(value))
+    script_unet.check_constants()
+    folder = args.output or evaluate.CACHE / f"ten_minutes_{name}_seed{args.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    script_unet.SEED = args.seed
+    script_unet.DATA_DIR = str(Path(script_unet.DATA_DIR).absolute())  # the folder will change
+    script_unet.keep_freed_memory()
+    torch.manual_seed(args.seed)
+    device = script_unet.pick_device()
+    images, original_labels = evaluate.real_images("train")
+    images, original_labels = images.to(device), original_labels.to(device)
+    labels = torch.arange(10).repeat_interleave(args.samples)
+    if args.peer:
+        try:
+            peer = peers.PEERS[args.peer](device)
+        except peers.MissingPackage as error:
+            sys.exit(str(error))
+        print(f"{name}: {peer.parameters():,} parameters, seed {args.seed}, {device}")
+        train_peer(peer, images, original_labels, args.seconds, args.batch_size or peer.batch_size)
+        draw = peer.sample
+        asked = labels if peer.conditional else None
+    else:
+        with contextlib.chdir(folder):
+            checkpoint = train_ours(images, original_labels, args.seconds)
+        model, asked = script_unet.load_denoiser(checkpoint), labels
+
+        def draw(labels):
+            return script_unet.to_uint8(script_unet.sample(model, labels)).cpu()
+
+    start = time.perf_counter()
+    samples = draw(labels)
+    seconds = time.perf_counter() - start
+    evaluate.save_picture(samples, folder / "samples.png")
+    figures = evaluate.evaluate(samples, asked)
+    print(f"{name}: {len(samples):,} samples drawn in {seconds:.1f} s, see {folder}/samples.png")
+    evaluate.print_table(figures, evaluate.evaluate_floor(args.samples))
+
+
+if __name__ == "__main__":
+    main()

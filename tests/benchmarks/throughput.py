@@ -1,0 +1,134 @@
+"""How many images a second does a training step take in, beside those of published trainers?
+
+    python tests/benchmarks/throughput.py
+
+Times whole training steps (forward, backward, optimizer, averaged weights) of this project's
+default model and of the peers in peers.py, on the same images and with the same batch size. They
+take turns, A B C D A B C D ..., so that a machine that slows down slows all of them: a ratio is
+the median of the rounds' ratios. Each round also times a matrix product, to say what share of the
+machine's arithmetic the training reaches.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import peers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import script_unet  # noqa: E402
+
+MATRIX_SIZE = 2048
+
+
+def clock(device):
+    """Seconds, read when the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def rate(step, seconds, device):
+    """What step() returns (images, operations), a second, over at least so many seconds."""
+    step()  # not counted: it brings the caches and, the first time, whatever is lazy up to date
+    done, start = 0, clock(device)
+    while time.perf_counter() - start < seconds:
+        done += step()
+    return done / (clock(device) - start)
+
+
+def our_step(trainer, images, labels):
+    """A function that does one training step of a Trainer and returns its number of images."""
+    def step():
+        if trainer.progress["position"] + script_unet.BATCH_SIZE > len(images):
+            trainer.progress.update(epoch=trainer.progress["epoch"] + 1, position=0)
+        trainer.step(images, labels)
+        return script_unet.BATCH_SIZE
+
+    return step
+
+
+def peer_step(peer, images, labels, batch_size):
+    """The same for a peer, on random batches from memory."""
+    def step():
+        batch = torch.randint(len(images), (batch_size,), device=images.device)
+        peer.step(images[batch], labels[batch])
+        return batch_size
+
+    return step
+
+
+def matrix_product(device, dtype):
+    """A function that multiplies two matrices and returns the operations that this takes."""
+    a, b = (torch.randn(MATRIX_SIZE, MATRIX_SIZE, device=device).to(dtype) for _ in range(2))
+
+    def step():
+        a @ b
+        return 2 * MATRIX_SIZE**3
+
+    return step
+
+
+def load_average():
+    """Of the last minute: how many threads were running or wanted to; 0 on Windows."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=5, help="of each turn, default 5")
+    parser.add_argument("--peers", nargs="*", choices=peers.PEERS, default=list(peers.PEERS))
+    args = parser.parse_args()
+
+    device, batch_size = script_unet.pick_device(), script_unet.BATCH_SIZE
+    dtype, threads, load = script_unet.precision(device), torch.get_num_threads(), load_average()
+    print(f"{device}, {threads} threads on {os.cpu_count()} processors, torch "
+          f"{torch.__version__}, batches of {batch_size}\n"
+          "keep_freed_memory() holds for the whole process: the peers profit from it, too")
+    script_unet.keep_freed_memory()
+    images, labels = (part.to(device) for part in script_unet.load_fashion_mnist("train"))
+    trainer = script_unet.Trainer(device)
+    parameters, flops = script_unet.model_size(trainer.model)
+    entries = {"ours": (parameters, our_step(trainer, images, labels))}
+    for name in args.peers:
+        try:
+            peer = peers.PEERS[name](device)
+        except peers.MissingPackage as error:
+            print(f"left out: {error}")
+            continue
+        entries[name] = peer.parameters(), peer_step(peer, images, labels, batch_size)
+    product = matrix_product(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
+
+    rates, shares, products = {name: [] for name in entries}, [], []
+    for number in range(args.rounds):
+        for name, (_, step) in entries.items():
+            rates[name].append(rate(step, args.seconds, device))
+        products.append(rate(product, args.seconds / 5, device))
+        shares.append(3 * flops * rates["ours"][-1] / products[-1])
+        print(f"round {number + 1} of {args.rounds}: " + ", ".join(
+            f"{name} {values[-1]:.0f}" for name, values in rates.items()) + " images/s", flush=True)
+
+    print(f"\n{'':16}{'precision':>10}{'parameters':>12}{'images/s':>10}{'ours to it':>12}")
+    for name, (parameters, _) in entries.items():
+        ratio = median(ours / theirs for ours, theirs in zip(rates["ours"], rates[name]))
+        print(f"{name:16}{dtype if name == 'ours' else 'fp32':>10}{parameters:12,}"
+              f"{median(rates[name]):10.0f}{ratio:12.1f}")
+    print(f"ours: {3 * flops * median(rates['ours']) / 1e9:.0f} GFLOP/s (a step as three forward "
+          f"passes of {flops / 1e6:.1f} MFLOP), {median(shares):.0%} of the "
+          f"{median(products) / 1e9:.0f} GFLOP/s of a {dtype} product of {MATRIX_SIZE} x "
+          f"{MATRIX_SIZE} matrices")
+    if load > 0.1 * threads or load_average() > 1.3 * threads:
+        print(f"WARNING: the load average was {load:.1f} before the start and is "
+              f"{load_average():.1f} now, with {threads} threads of this script: other work is "
+              "running on this machine, or was before the start. Do not quote these figures")
+
+
+if __name__ == "__main__":
+    main()

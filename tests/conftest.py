@@ -1,0 +1,67 @@
+"""What the tests share: a tiny configuration, models with trained-like weights, a stand-in."""
+
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "tests" / "data"
+sys.path.insert(0, str(ROOT))
+
+import script_unet  # noqa: E402
+
+# A model that trains in milliseconds, with two resolutions and both optimizers at work
+TINY = {"IMG_SIZE": 28, "PATCH_SIZE": 4, "CHANNELS": (16, 32), "BLOCKS": (1, 1),
+        "EMBEDDING_DIM": 32, "ATTENTION_HEAD_DIM": 16, "NUM_DIFFUSION_STEPS": 20,
+        "BATCH_SIZE": 100, "EPOCHS": 2, "SAMPLING_STEPS": 4, "WARMUP_STEPS": 3, "EMA_GAMMA": 4.0,
+        "PRECISION": "fp32", "DATA_DIR": str(DATA)}
+
+
+def set_tiny(monkeypatch, folder, **constants):
+    """Set the tiny configuration, hide accelerators (exactness) and work in the folder."""
+    for name, value in {**TINY, **constants}.items():
+        monkeypatch.setattr(script_unet, name, value)
+    for accelerator in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(accelerator, "is_available", functools.lru_cache(lambda: False))
+    monkeypatch.chdir(folder)
+    Path(script_unet.PICTURE_DIR).mkdir()
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """script_unet with TINY's constants, in an empty working directory."""
+    set_tiny(monkeypatch, tmp_path)
+    return script_unet
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    """The fixture's training images and labels, as uint8 (600, 1, 28, 28) and int64 (600,)."""
+    return script_unet.load_fashion_mnist("train", DATA / "FashionMNIST" / "raw")
+
+
+def awake(module, seed=0):
+    """The module in eval mode with random weights everywhere: zero-initialised ones hide bugs."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p += 0.3 / max(1, p[0].numel()) ** 0.5 * torch.randn(p.shape, generator=draw)
+    return module.eval()
+
+
+class Predictor:
+    """A stand-in for the model whose x_start is a given function of (x_t, t, labels)."""
+
+    def __init__(self, x_start, steps=100, kind="cosine", size=28):
+        self.x_start = x_start
+        self.constants = {"IMG_SIZE": size, "NUM_CLASSES": script_unet.NUM_CLASSES,
+                          "NUM_DIFFUSION_STEPS": steps, "BETA_SCHEDULE": kind,
+                          "BETA_START": 1e-4, "BETA_END": 0.02}
+        self.abar = script_unet.alphas_cumprod(self.constants)
+
+    def __call__(self, x_t, t, labels):
+        a = self.abar[t].view(-1, 1, 1, 1)
+        return (a.sqrt() * x_t - self.x_start(x_t, t, labels)) / (1 - a).sqrt()

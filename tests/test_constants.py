@@ -1,0 +1,150 @@
+"""The constants: their defaults, what is refused and how; importing and running the file."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import script_unet
+from script_unet import UserError, check_constants, main
+
+SCRIPT = ROOT / "script_unet.py"
+
+BAD = [
+    ("EPOCHS", 0), ("EPOCHS", 1.5), ("EPOCHS", None), ("BATCH_SIZE", 1), ("BATCH_SIZE", True),
+    ("LEARNING_RATE", -1e-3), ("LEARNING_RATE", 0), ("LEARNING_RATE", float("nan")),
+    ("LEARNING_RATE", "fast"), ("MUON_LEARNING_RATE", float("inf")), ("WARMUP_STEPS", 0),
+    ("WEIGHT_DECAY", -0.1), ("GRADIENT_CLIP", 0), ("DROPOUT", 1.0), ("DROPOUT", -0.1),
+    ("LABEL_DROPOUT", 1.5), ("EMA_GAMMA", -1), ("SEED", -1), ("SEED", "0"),
+    ("IMG_SIZE", 15), ("IMG_SIZE", 65), ("IMG_SIZE", 28.0), ("IMG_SIZE", (28, 28)),
+    ("PATCH_SIZE", 0), ("PATCH_SIZE", 5), ("PATCH_SIZE", 56),
+    ("CHANNELS", 64), ("CHANNELS", (0, 32)), ("CHANNELS", (32.0, 64)),
+    ("BLOCKS", (1, -1)), ("BLOCKS", 1),
+    ("EMBEDDING_DIM", 0), ("ATTENTION_HEAD_DIM", 0), ("ATTENTION_HEAD_DIM", 48),
+    ("NUM_DIFFUSION_STEPS", 1), ("NUM_DIFFUSION_STEPS", 100.0), ("BETA_SCHEDULE", "cosin"),
+    ("BETA_SCHEDULE", None), ("BETA_START", 0), ("BETA_END", -0.02),
+    ("SAMPLING_STEPS", 0), ("SAMPLING_ETA", -0.1), ("SAMPLING_ETA", 1.1), ("GUIDANCE_SCALE", -1),
+    ("PRECISION", "fp16"), ("RESUME", "no"), ("CHECKPOINT_EVERY", 0), ("PICTURE_COLUMNS", 0)]
+
+
+def refused():
+    """The message of check_constants' UserError."""
+    with pytest.raises(UserError) as caught:
+        check_constants()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def fresh():
+    """The module as the file defines it, whatever other tests have set."""
+    spec = importlib.util.spec_from_file_location("fresh", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name, value", BAD)
+def test_bad_constant_is_refused_with_its_name_what_is_allowed_and_its_value(
+        monkeypatch, name, value):
+    monkeypatch.setattr(script_unet, name, value)
+    message = refused()
+    assert f"{name} must " in message and f"got {value!r}" in message
+    assert message.count(" must ") == 1     # the others are fine
+
+
+@pytest.mark.parametrize("channels, blocks", [
+    ((), ()), ((32,) * 5, (1,) * 5), ((32, 64), (1,)), ((32,), (1, 1))])
+def test_channels_and_blocks_must_be_one_to_four_and_as_many(monkeypatch, channels, blocks):
+    monkeypatch.setattr(script_unet, "CHANNELS", channels)
+    monkeypatch.setattr(script_unet, "BLOCKS", blocks)
+    message = refused()
+    assert "CHANNELS" in message and "BLOCKS" in message and "1 to 4" in message
+
+
+def test_all_bad_constants_are_named_at_once(monkeypatch):
+    for name in ("EPOCHS", "WARMUP_STEPS", "PATCH_SIZE"):
+        monkeypatch.setattr(script_unet, name, -1)
+    assert refused().count("got -1") == 3
+
+
+def test_linear_schedule_that_does_not_end_in_noise_is_refused(monkeypatch):
+    monkeypatch.setattr(script_unet, "BETA_SCHEDULE", "linear")
+    monkeypatch.setattr(script_unet, "BETA_END", 0.01)
+    message = refused()
+    assert "BETA_START" in message and "BETA_END" in message and "got 0.0001 and 0.01" in message
+
+
+def test_the_limits_themselves_are_allowed(monkeypatch):
+    good = [("EPOCHS", 1), ("BATCH_SIZE", 2), ("LEARNING_RATE", 1), ("WEIGHT_DECAY", 0),
+            ("DROPOUT", 0.5), ("LABEL_DROPOUT", 0), ("EMA_GAMMA", 0), ("IMG_SIZE", 16),
+            ("IMG_SIZE", 64), ("PATCH_SIZE", 1), ("PATCH_SIZE", 4), ("NUM_DIFFUSION_STEPS", 2),
+            ("NUM_DIFFUSION_STEPS", 1000), ("BETA_SCHEDULE", "linear"), ("SAMPLING_STEPS", 1),
+            ("SAMPLING_ETA", 1), ("GUIDANCE_SCALE", 0), ("PRECISION", "bf16"), ("RESUME", False)]
+    for name, value in good:
+        with monkeypatch.context() as patch:
+            patch.setattr(script_unet, name, value)
+            check_constants()
+
+
+def test_bad_constant_stops_main_before_anything_is_loaded_or_written(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "EPOCHS", 0)
+    monkeypatch.setattr(tiny, "DATA_DIR", "nowhere")
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(UserError, match="EPOCHS must be .*, got 0"):
+        main()
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_batch_above_the_data_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "BATCH_SIZE", 601)
+    with pytest.raises(UserError, match="BATCH_SIZE must be .*600.*, got 601"):
+        main()
+
+
+def test_picture_dir_that_is_a_file_is_refused(tiny, monkeypatch):
+    Path("taken").touch()
+    monkeypatch.setattr(tiny, "PICTURE_DIR", "taken")
+    with pytest.raises(UserError, match="PICTURE_DIR = 'taken'"):
+        main()
+
+
+def test_too_little_disk_is_refused_before_training(tiny, monkeypatch):
+    full = type("usage", (), {"free": 10**6})
+    monkeypatch.setattr(tiny.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(UserError, match="1 MB free.*CHECKPOINT_EVERY"):
+        main()
+    assert not list(Path().rglob("*.p[tn]*"))
+
+
+def test_defaults_in_the_table_are_those_of_the_file(fresh):
+    for name, (default, *_) in fresh.ALLOWED.items():
+        assert getattr(fresh, name) == default, name
+    fresh.check_constants()
+
+
+def test_import_prints_nothing_and_writes_nothing(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import script_unet"
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, text=True,
+                          capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistake_of_the_user_ends_the_command_with_one_line_and_no_traceback(tmp_path):
+    text = SCRIPT.read_text()
+    wrong = text.replace("\nEPOCHS = 150 ", "\nEPOCHS = 0   ", 1)
+    assert wrong != text
+    (tmp_path / "script_unet.py").write_text(wrong)
+    done = subprocess.run([sys.executable, "script_unet.py"], cwd=tmp_path, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "EPOCHS must be" in done.stderr
+
+
+def test_the_program_fits_900_lines_of_at_most_100_characters():
+    lines = SCRIPT.read_text().splitlines()
+    assert len(lines) <= 900 and max(map(len, lines)) <= 100

@@ -1,0 +1,279 @@
+"""The diffusion process and the sampler, against diffusers and closed forms."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import Predictor, awake
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+import script_unet
+from script_unet import (FashionMNISTUNetDenoiser, alphas_cumprod, diffusion_loss, posterior,
+                         predict_x_start, q_sample, sample, x_start_from_v)
+
+KINDS = ("cosine", "linear")
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    monkeypatch.setattr(script_unet, "PRECISION", "fp32")
+
+
+def oracle(scheduler, kind, steps, **options):
+    """A scheduler of diffusers, given nothing that script_unet computed."""
+    if kind == "cosine":
+        options["beta_schedule"] = "squaredcos_cap_v2"
+    else:
+        betas = np.linspace(1e-4, 0.02, steps) * 1000 / steps
+        options["trained_betas"] = betas.clip(max=0.999).tolist()
+    return scheduler(steps, **options)
+
+
+def abar_of(kind, steps):
+    return Predictor(None, steps, kind).abar
+
+
+def random_images(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(value, expected, tolerance=2e-5):
+    torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
+
+
+# The schedule, the forward process and one reverse step
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_schedule_falls_to_noise_for_every_number_of_steps(kind):
+    for steps in range(2, 1001):
+        abar = abar_of(kind, steps)
+        assert abar.shape == (steps,) and abar.dtype == torch.float32
+        assert 0 < abar[-1] < 1e-3, steps
+        assert abar[0] < 1 and (abar.diff() < 0).all(), steps
+
+
+def test_schedule_that_leaves_the_image_visible_is_refused():
+    constants = {**Predictor(None, kind="linear").constants, "BETA_END": 0.002}
+    with pytest.raises(script_unet.UserError, match="BETA_END.*0.002"):
+        alphas_cumprod(constants)
+
+
+@pytest.mark.parametrize("steps", [2, 7, 100, 1000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_schedule_is_that_of_diffusers(kind, steps):
+    expected = oracle(DDPMScheduler, kind, steps).alphas_cumprod
+    # diffusers rounds the betas to float32, which 1 - 0.999 magnifies
+    torch.testing.assert_close(abar_of(kind, steps), expected, rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_q_sample_and_v_are_those_of_diffusers_at_all_t(kind):
+    abar, diffusers = abar_of(kind, 100), oracle(DDPMScheduler, kind, 100)
+    x_start, noise = random_images(2, 100, 1, 5, 5)
+    t = torch.arange(100)
+    x_t = q_sample(x_start, t, noise, abar)
+    close(x_t, diffusers.add_noise(x_start, noise, t))
+    v = diffusers.get_velocity(x_start, noise, t)
+    close(x_start_from_v(x_t, t, v, abar), x_start)
+
+
+def test_q_sample_without_noise_draws_standard_noise(tiny):
+    t = torch.full((4,), tiny.NUM_DIFFUSION_STEPS - 1)
+    drawn = q_sample(torch.zeros(4, 1, 64, 64), t)
+    assert abs(drawn.mean()) < 0.05 and abs(drawn.std() - 1) < 0.05
+    assert not torch.equal(drawn, q_sample(torch.zeros(4, 1, 64, 64), t))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_posterior_of_neighbours_is_ddpms_at_all_t(kind):
+    abar = abar_of(kind, 100).tolist() + [1.0]
+    diffusers = oracle(DDPMScheduler, kind, 100, prediction_type="sample", clip_sample=False)
+    x_start, x_t = random_images(2, 1, 1, 5, 5)
+    for t in range(100):
+        mean, std = posterior(x_start, x_t, abar[t], abar[t - 1])
+        draw = torch.Generator().manual_seed(t)
+        expected = diffusers.step(x_start, t, x_t, generator=draw.clone_state()).prev_sample
+        close(mean + std * torch.randn(x_t.shape, generator=draw), expected, 1e-4)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("stride", [1, 10])
+@pytest.mark.parametrize("kind", KINDS)
+def test_posterior_of_distant_steps_is_ddims(kind, stride, eta):
+    abar = abar_of(kind, 100).tolist()
+    diffusers = oracle(DDIMScheduler, kind, 100, prediction_type="sample", clip_sample=False)
+    diffusers.set_timesteps(100 // stride)
+    x_start, x_t, noise = random_images(3, 1, 1, 5, 5)
+    for t in range(100):
+        mean, std = posterior(x_start, x_t, abar[t], abar[t - stride] if t >= stride else 1, eta)
+        close(mean + std * noise, diffusers.step(
+            x_start, t, x_t, eta=eta, variance_noise=noise).prev_sample)
+
+
+# The loss
+
+def loss_and_plain_error(error):
+    """diffusion_loss of a prediction x_start + error, and the plain mean squared error of v."""
+    x_start = random_images(100, 1, 8, 8).clamp(-1, 1)          # a third lies on an end
+    noise, t = random_images(100, 1, 8, 8, seed=1), torch.arange(100)
+    model = Predictor(lambda x_t, t, labels: x_start + error(x_start))
+    v = oracle(DDPMScheduler, "cosine", 100).get_velocity(x_start, noise, t)
+    predicted = model(q_sample(x_start, t, noise, model.abar), t, None)
+    return diffusion_loss(model, x_start, t, t % 10, noise), (predicted - v).square().mean((1, 2, 3))
+
+
+def test_loss_is_the_plain_error_of_v_where_nothing_overshoots():
+    inward = loss_and_plain_error(lambda x_start: -0.3 * x_start)
+    torch.testing.assert_close(*inward, rtol=1e-3, atol=1e-6)
+    beyond_but_not_on_an_end = loss_and_plain_error(
+        lambda x_start: 1.5 * x_start.sign() * (x_start.abs() < 1))
+    torch.testing.assert_close(*beyond_but_not_on_an_end, rtol=1e-3, atol=1e-6)
+
+
+def test_loss_of_overshoot_is_nothing():
+    loss, plain = loss_and_plain_error(lambda x_start: x_start * (x_start.abs() == 1))
+    assert (plain > 0.05).all() and loss.abs().max() < 1e-6
+
+
+# Sampling: what comes out
+
+@pytest.mark.parametrize("eta, steps", [(1.0, 1000), (0.5, 1000), (0.0, 100)])
+def test_reverse_run_with_the_true_predictor_reaches_the_gaussian(eta, steps):
+    mean, std = 0.1, 0.25       # that clipping at -1 and 1 does not touch
+
+    def true_x_start(x_t, t, labels):  # E[x_start | x_t] for x_start ~ N(mean, std^2)
+        a = model.abar[t].view(-1, 1, 1, 1)
+        return mean + a.sqrt() * std**2 / (a * std**2 + 1 - a) * (x_t - a.sqrt() * mean)
+
+    model = Predictor(true_x_start, steps=steps, size=64)
+    images = sample(model, [0] * 8, steps=steps, eta=eta)
+    assert images.mean().item() == pytest.approx(mean, abs=0.01)
+    assert images.std().item() == pytest.approx(std, rel=0.02)
+
+
+def wavy(x_t, t, labels):
+    """A smooth, non-linear x_start that overshoots both ends."""
+    return 1.4 * torch.sin(1.3 * x_t + t.view(-1, 1, 1, 1) / 40 + labels.view(-1, 1, 1, 1))
+
+
+def frames_of(model, labels, **options):
+    """[(t, x_t)] as sample's callback sees them, and its result."""
+    frames = []
+    result = sample(model, labels, callback=lambda t, x_t: frames.append((t, x_t.clone())),
+                    **options)
+    return frames, result
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers' with numpy 2
+@pytest.mark.parametrize("steps", [1, 2, 20, 100])
+@pytest.mark.parametrize("kind", KINDS)
+def test_deterministic_sampling_is_diffusers_second_order_dpm_solver(kind, steps):
+    labels = torch.arange(5)
+    frames, _ = frames_of(Predictor(wavy, kind=kind), labels, steps=steps, eta=0.0)
+    solver = oracle(DPMSolverMultistepScheduler, kind, 100, prediction_type="sample",
+                    algorithm_type="dpmsolver++", solver_order=2, lower_order_final=False)
+    solver.set_timesteps(timesteps=[t for t, _ in frames[:-1]])
+    x_t = frames[0][1]
+    for (t, _), (_, x_next) in zip(frames, frames[1:]):
+        x_start = wavy(x_t, torch.full_like(labels, t), labels).clamp(-1, 1)
+        x_t = solver.step(x_start, t, x_t).prev_sample
+        close(x_next, x_t, 1e-3)
+
+
+@pytest.mark.parametrize("eta, steps", [(1.0, 100), (1.0, 10), (0.5, 10)])
+def test_random_sampling_adds_fresh_noise_to_ddims_steps(eta, steps):
+    labels = torch.arange(10)
+    frames, _ = frames_of(Predictor(wavy), labels, steps=steps, eta=eta)
+    abar = oracle(DDPMScheduler, "cosine", 100).alphas_cumprod.double()
+    noises = []
+    for (t, x_t), (t_next, x_next) in zip(frames, frames[1:-1]):  # the last step adds none
+        x_start = wavy(x_t, torch.full_like(labels, t), labels).clamp(-1, 1)
+        a, a_next = abar[t], abar[t_next]
+        std = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
+        direction = (x_t - a.sqrt() * x_start) / (1 - a).sqrt()
+        mean = a_next.sqrt() * x_start + (1 - a_next - std**2).sqrt() * direction
+        noises.append(((x_next - mean) / std).flatten())
+    noises = torch.stack(noises)
+    assert noises.mean(1).abs().max() < 0.06 and (noises.std(1) - 1).abs().max() < 0.05
+    assert torch.corrcoef(noises).fill_diagonal_(0).abs().max() < 0.06
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_overshooting_background_comes_out_exactly_black(eta):
+    dark = Predictor(lambda x_t, t, labels: 0.01 * x_t - 1.2)
+    images = sample(dark, [0, 1, 2], steps=10, eta=eta)
+    assert (images == -1).all()
+
+
+@pytest.fixture
+def model(tiny):
+    return awake(FashionMNISTUNetDenoiser())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_images_lie_between_minus_one_and_one(model, eta, steps):
+    images = sample(model, torch.arange(10), steps=steps, eta=eta, guidance_scale=3.0)
+    assert images.shape == (10, 1, 28, 28) and images.dtype == torch.float32
+    assert images.abs().max() <= 1 and images.std() > 0
+
+
+@pytest.mark.parametrize("eta, guidance", [(0.0, 1.0), (1.0, 2.0)])
+def test_image_i_depends_on_seed_and_i_alone(model, eta, guidance):
+    labels = torch.arange(100) % 10
+    options = {"eta": eta, "guidance_scale": guidance, "seed": 5, "steps": 3}
+    images = sample(model, labels, **options)
+    for count, batch_size in ((100, 33), (30, 1), (7, 4), (1, 500)):
+        few = sample(model, labels[:count], batch_size=batch_size, **options)
+        torch.testing.assert_close(few, images[:count], rtol=0, atol=1e-4)
+    assert (sample(model, labels[:7], **{**options, "seed": 6}) - images[:7]).abs().max() > 0.1
+    same_label = sample(model, [0, 0], **options)
+    assert (same_label[0] - same_label[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("eta, guidance", [(0.0, 1.0), (1.0, 2.0)])
+def test_no_labels_give_no_images(model, eta, guidance):
+    images = sample(model, torch.arange(0), eta=eta, guidance_scale=guidance)
+    assert images.shape == (0, 1, 28, 28)
+
+
+def test_labels_may_be_a_list(model):
+    assert torch.equal(sample(model, [3, 5]), sample(model, torch.tensor([3, 5])))
+
+
+def test_unnamed_options_are_the_constants(model, monkeypatch):
+    options = {"SAMPLING_STEPS": 3, "SAMPLING_ETA": 0.7, "GUIDANCE_SCALE": 2.5, "SEED": 9}
+    named = sample(model, [1, 2], steps=3, eta=0.7, guidance_scale=2.5, seed=9)
+    assert not torch.equal(sample(model, [1, 2]), named)
+    for name, value in options.items():
+        monkeypatch.setattr(script_unet, name, value)
+    assert torch.equal(sample(model, [1, 2]), named)
+
+
+@pytest.mark.parametrize("steps, calls", [(1, 1), (2, 2), (9, 9), (1000, 20)])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_callback_sees_every_step_from_noise_to_image(model, eta, steps, calls):
+    frames, result = frames_of(model, torch.arange(3), steps=steps, eta=eta)
+    times = [t for t, _ in frames]
+    assert len(times) == calls + 1 and times[0] == 19 and times[-1] == -1
+    assert times == sorted(set(times), reverse=True) and (steps == 1 or times[-2] == 0)
+    assert all(x_t.shape == result.shape for _, x_t in frames)
+    assert abs(frames[0][1].std() - 1) < 0.1 and torch.equal(frames[-1][1], result)
+
+
+# Guidance
+
+def test_guidance_extrapolates_from_any_class_to_the_given_one(model):
+    x_t, t = random_images(10, 1, 28, 28), torch.arange(10)
+    labels, any_class = torch.arange(10), torch.full((10,), script_unet.NUM_CLASSES)
+    given = predict_x_start(model, x_t, t, labels)
+    free = predict_x_start(model, x_t, t, any_class)
+    assert (given - free).abs().max() > 1e-2
+    for scale in (0.0, 1.0, 1.001, 4.0):
+        close(predict_x_start(model, x_t, t, labels, scale), free + scale * (given - free), 1e-4)
+
+
+def test_guidance_of_one_costs_one_evaluation_a_step(model):
+    sizes = []
+    model.register_forward_hook(lambda _model, _args, v: sizes.append(len(v)))
+    sample(model, torch.arange(6), steps=4, guidance_scale=1.0)
+    assert sizes == [6] * 4

@@ -1,0 +1,226 @@
+"""The building blocks and the model: shapes, alignment, attention, size, normalization."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import TINY, awake
+from torch.utils.flop_counter import FlopCounterMode
+
+import script_unet
+from script_unet import (DoubleConv, Down, FashionMNISTUNetDenoiser, PatchConv, PatchExpand,
+                         ResBlock, SelfAttention, Up, diffusion_loss, model_size,
+                         refresh_batch_norm, sample, to_float)
+
+SIZES = [(1, 1), (4, 4), (5, 7), (7, 5), (8, 6), (13, 11)]
+
+
+def operations(module, *inputs):
+    """Floating-point operations of module(*inputs), in eval mode."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module.eval()(*inputs)
+    return counter.get_total_flops()
+
+
+# Blocks
+
+@pytest.mark.parametrize("patch", [1, 2, 3, 4])
+@pytest.mark.parametrize("height, width", SIZES)
+def test_patch_conv_makes_one_cell_a_patch_and_expand_restores_the_size(height, width, patch):
+    x = torch.randn(2, 3, height, width)
+    cells = PatchConv(3, 5, patch)(x)
+    assert cells.shape == (2, 5, -(-height // patch), -(-width // patch))
+    assert PatchExpand(5, 6, patch)(cells, (height, width)).shape == (2, 6, height, width)
+
+
+@pytest.mark.parametrize("patch", [1, 2, 3, 4])
+@pytest.mark.parametrize("height, width", SIZES)
+def test_patch_expand_with_inverse_weights_undoes_patch_conv(height, width, patch):
+    there, back = PatchConv(1, patch**2, patch), PatchExpand(patch**2, 1, patch)
+    draw = torch.Generator().manual_seed(0)
+    mix = torch.linalg.qr(torch.randn(patch**2, patch**2, generator=draw))[0]
+    for module, matrix in ((there, mix), (back, mix.T)):
+        for p in module.parameters():
+            p.data = matrix.reshape(p.shape) if p.ndim > 1 else torch.zeros_like(p)
+    x = torch.randn(2, 1, height, width)
+    torch.testing.assert_close(back(there(x), (height, width)), x)
+
+
+@pytest.mark.parametrize("patch", [2, 3, 4])
+def test_padding_is_shared_evenly_between_the_sides(patch):
+    module = PatchConv(1, 1, patch).requires_grad_(False)
+    for p in module.parameters():
+        p.fill_(1.0 if p.ndim > 1 else 0.0)     # a cell counts the pixels of the image in it
+    for size in range(1, 14):
+        pixels = module(torch.ones(1, 1, size, size))[0, 0].diagonal().sqrt().round().tolist()
+        assert sum(pixels) == size and all(count == patch for count in pixels[1:-1])
+        assert len(pixels) == 1 or 0 <= pixels[0] - pixels[-1] <= 1
+
+
+@pytest.mark.parametrize("block", [DoubleConv, ResBlock])
+@pytest.mark.parametrize("height, width", SIZES)
+def test_block_keeps_the_shape_and_listens_to_the_embedding(block, height, width):
+    module, x = awake(block(6, 8)), torch.randn(2, 6, height, width)
+    y = module(x, torch.randn(2, 8))
+    assert y.shape == x.shape
+    assert (y - module(x, torch.randn(2, 8))).abs().max() > 1e-3
+
+
+def test_untrained_residual_parts_are_the_identity():
+    x, emb = torch.randn(2, 8, 5, 7), torch.randn(2, 12)
+    for mode in (True, False):
+        assert torch.equal(ResBlock(8, 12).train(mode)(x, emb), x)
+        assert torch.equal(SelfAttention(8, 4).train(mode)(x), x)
+        assert not DoubleConv(8, 12).train(mode)(x, emb).any()
+
+
+@pytest.mark.parametrize("block", [DoubleConv, ResBlock])
+def test_dropout_acts_in_training_alone(block):
+    module, x, emb = awake(block(8, 4, 0.5)), torch.randn(2, 8, 6, 6), torch.randn(2, 4)
+    assert torch.equal(module(x, emb), module(x, emb))
+    module.train()
+    assert not torch.equal(module(x, emb), module(x, emb))
+
+
+@pytest.mark.parametrize("patch", [1, 2, 3, 4])
+@pytest.mark.parametrize("height, width", SIZES)
+def test_up_returns_to_the_grid_that_down_left(height, width, patch):
+    emb, x = torch.randn(2, 8), torch.randn(2, 3, height, width)
+    skip = awake(Down(3, 4, 1, 1, 8))(x, emb)
+    coarse = awake(Down(4, 6, patch, 2, 8))(skip, emb)
+    assert coarse.shape == (2, 6, -(-height // patch), -(-width // patch))
+    assert awake(Up(6, 4, patch, 2, 8))(coarse, skip, emb).shape == skip.shape
+
+
+def test_up_adds_its_skip():
+    coarse, skip = torch.randn(2, 6, 3, 3), torch.randn(2, 4, 5, 5)
+    up = Up(6, 4, 2, 0, 8)
+    difference = up(coarse, skip, None) - up(coarse, torch.zeros_like(skip), None)
+    torch.testing.assert_close(difference, skip)
+
+
+# Attention
+
+def quadratic_attention(attention, x):
+    """(x + the mixed values, the N x N weights) in float64, the matrix of weights written out."""
+    attention, x = copy.deepcopy(attention).double(), x.double()
+    b, c, h, w = x.shape
+    tokens = attention.norm(x).flatten(2).transpose(1, 2)
+    q, k, v = attention.qkv(tokens).chunk(3, dim=-1)
+    heads, weights = [], []
+    for q, k, v in zip(*(part.split(c // attention.heads, dim=-1) for part in (q, k, v))):
+        weights.append(q.softmax(-1) @ k.softmax(1).transpose(1, 2))
+        heads.append(weights[-1] @ v)
+    mixed = attention.out(torch.cat(heads, dim=-1))
+    return x + mixed.transpose(1, 2).view(b, c, h, w), torch.stack(weights)
+
+
+@pytest.mark.parametrize("channels, head_dim", [(8, 8), (12, 4), (6, 1)])
+@pytest.mark.parametrize("height, width", SIZES)
+def test_attention_is_the_quadratic_form_with_weights_that_sum_to_one(
+        height, width, channels, head_dim):
+    attention, x = awake(SelfAttention(channels, head_dim)), torch.randn(2, channels, height, width)
+    expected, weights = quadratic_attention(attention, x)
+    torch.testing.assert_close(attention(x).double(), expected, rtol=1e-4, atol=1e-5)
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+
+
+def test_attention_of_equal_values_returns_them():
+    attention, x = awake(SelfAttention(8, 4)), torch.randn(2, 8, 5, 7)
+    value, bias = torch.zeros(8), torch.randn(8)
+    with torch.no_grad():  # whatever the tokens, every value vector is `bias`
+        attention.qkv.weight[16:], attention.qkv.bias[16:] = value[:, None], bias
+    added = attention.out(bias).view(1, 8, 1, 1).expand_as(x)
+    torch.testing.assert_close(attention(x) - x, added)
+
+
+def test_attention_costs_as_much_a_pixel_on_every_grid():
+    attention = SelfAttention(32, 8)
+    assert operations(attention, torch.zeros(1, 32, 32, 32)) == 16 * operations(
+        attention, torch.zeros(1, 32, 8, 8))
+
+
+# The model
+
+@pytest.mark.parametrize("patch", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [16, 17, 28, 33, 64])
+def test_every_image_and_patch_size_trains_and_samples(tiny, monkeypatch, size, patch):
+    monkeypatch.setattr(tiny, "IMG_SIZE", size)
+    monkeypatch.setattr(tiny, "PATCH_SIZE", patch)
+    model = FashionMNISTUNetDenoiser()
+    t, labels = torch.tensor([0, 19]), torch.tensor([3, tiny.NUM_CLASSES])
+    x_start, noise = torch.rand(2, 2, 1, size, size)
+    assert model(x_start, t, labels).shape == x_start.shape
+    diffusion_loss(awake(model).train(), x_start, t, labels, noise).sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad.isfinite().all() and p.grad.any(), name
+    assert sample(model.eval(), [1, 2, 3], steps=2).shape == (3, 1, size, size)
+
+
+@pytest.mark.parametrize("channels, blocks", [
+    ((16,), (2,)), ((8, 16), (0, 0)), ((4, 8, 16), (1, 0, 2)), ((4, 4, 8, 16), (1, 1, 1, 1))])
+@pytest.mark.parametrize("size", [16, 33])
+def test_every_depth_runs(tiny, size, channels, blocks):
+    model = awake(FashionMNISTUNetDenoiser(
+        {"IMG_SIZE": size, "CHANNELS": channels, "BLOCKS": blocks}))
+    assert sample(model, [0, 1], steps=2).shape == (2, 1, size, size)
+
+
+def test_constants_of_the_call_override_those_of_the_module(tiny):
+    model = FashionMNISTUNetDenoiser({"NUM_DIFFUSION_STEPS": 7, "CHANNELS": (16, 16)})
+    assert len(model.abar) == 7 and model.constants["CHANNELS"] == (16, 16)
+    assert {name: model.constants[name] for name in ("IMG_SIZE", "EMBEDDING_DIM")} == {
+        name: TINY[name] for name in ("IMG_SIZE", "EMBEDDING_DIM")}
+
+
+def test_untrained_model_predicts_v_zero(tiny):
+    v = FashionMNISTUNetDenoiser()(torch.randn(4, 1, 28, 28), torch.arange(4), torch.arange(4))
+    assert v.shape == (4, 1, 28, 28) and not v.any()
+
+
+def test_prediction_depends_on_time_and_on_each_class_and_the_null_class(tiny):
+    model, classes = awake(FashionMNISTUNetDenoiser()), torch.arange(tiny.NUM_CLASSES + 1)
+    x_t = torch.randn(1, 1, 28, 28).expand(len(classes), -1, -1, -1)
+    by_class = model(x_t, torch.zeros_like(classes), classes).flatten(1)
+    by_time = model(x_t, classes, torch.zeros_like(classes)).flatten(1)
+    for v in (by_class, by_time):
+        assert nn.functional.pdist(v).min() > 1e-2
+
+
+def test_default_model_uses_every_block():
+    used = {type(module) for module in FashionMNISTUNetDenoiser().modules()}
+    assert used >= {PatchConv, PatchExpand, DoubleConv, ResBlock, Down, Up, SelfAttention}
+
+
+def test_default_model_fits_its_budget():
+    model = FashionMNISTUNetDenoiser()
+    label = torch.zeros(1, dtype=torch.long)
+    parameters, flops = model_size(model)
+    assert parameters == sum(p.numel() for p in model.parameters()) <= 8_000_000
+    assert flops == operations(model, torch.zeros(1, 1, 28, 28), label, label) <= 120_000_000
+
+
+def test_averaged_model_predicts_in_eval_mode_as_well_as_on_a_big_batch_in_train_mode(
+        tiny, pictures):
+    images, labels = pictures
+    trainer = script_unet.Trainer(torch.device("cpu"))
+    for step in range(30):
+        trainer.progress["position"] = step % 6 * tiny.BATCH_SIZE
+        trainer.step(images, labels)
+    draw = torch.Generator().manual_seed(1)
+    t = torch.randint(tiny.NUM_DIFFUSION_STEPS, (600,), generator=draw)
+    noise = torch.randn(600, 1, 28, 28, generator=draw)
+
+    def loss(model):
+        with torch.no_grad():
+            return diffusion_loss(model, to_float(images), t, labels, noise).mean().item()
+
+    stale = loss(trainer.average.eval())
+    refresh_batch_norm(trainer.average, images, labels)
+    assert not trainer.average.training
+    fresh = loss(trainer.average)
+    on_batch = loss(copy.deepcopy(trainer.average).train())
+    assert fresh == pytest.approx(on_batch, rel=0.02)
+    assert stale > 1.05 * fresh     # else this test could not fail

@@ -1,0 +1,647 @@
+"""Whole small runs of main(): outputs, resume, faults; one training step; the pictures."""
+
+import contextlib
+import csv
+import io
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, awake, set_tiny
+from matplotlib.figure import Figure
+from PIL import Image
+
+import script_unet
+from script_unet import (FashionMNISTUNetDenoiser, Trainer, UserError, atomic_write, draw_losses,
+                         generate_visualizations, heldout_loss, load_denoiser,
+                         load_fashion_mnist, main, mosaic, read_checkpoint, refresh_batch_norm,
+                         sample, update_average)
+
+CPU = torch.device("cpu")
+EPOCHS, STEPS = 3, 6        # of the undisturbed run, which others must equal; steps an epoch
+RUN = {"EPOCHS": EPOCHS, "CHECKPOINT_EVERY": 2}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(folder, printed text) of one whole run of main(), with all its pictures."""
+    folder, text = tmp_path_factory.mktemp("undisturbed"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(text):
+        set_tiny(patch, folder, **RUN)
+        main()
+    return folder, text.getvalue()
+
+
+@pytest.fixture
+def run(tiny, monkeypatch):
+    """main() with the constants of the undisturbed run, but without its pictures."""
+    for name, value in RUN.items():
+        monkeypatch.setattr(tiny, name, value)
+    for name in ("generate_visualizations", "draw_losses"):
+        monkeypatch.setattr(tiny, name, lambda *_args, **_kwargs: None)
+    return main
+
+
+def checkpoint(what, folder="."):
+    return Path(folder, f"{script_unet.CHECKPOINT_PREFIX}_{what}.pt")
+
+
+def same(one, other):
+    """Whether two states hold the same, bit for bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def assert_as_undisturbed(undisturbed):
+    for what in ("last", "best_model", "epoch_2"):
+        assert same(read_checkpoint(checkpoint(what)),
+                    read_checkpoint(checkpoint(what, undisturbed[0]))), what
+    log = "training_log.csv"
+    assert Path(log).read_text() == Path(undisturbed[0], log).read_text()
+
+
+def before_step(monkeypatch, number, act):
+    """Have act() called in the training step of that number, 1 being the first."""
+    step = Trainer.step
+
+    def watched(trainer, *args):
+        if trainer.progress["step"] + 1 == number:
+            act()
+        step(trainer, *args)
+
+    monkeypatch.setattr(Trainer, "step", watched)
+
+
+def fail():
+    raise RuntimeError("power cut")
+
+
+# What a whole run leaves
+
+def test_run_writes_exactly_its_outputs(undisturbed):
+    names = {str(path.relative_to(undisturbed[0])) for path in undisturbed[0].rglob("*")
+             if path.is_file() and not path.name.endswith(".lock")}
+    assert names == {
+        *(checkpoint(what).name for what in ("last", "best_model", "epoch_2")),
+        "training_loss.png", "training_log.csv",
+        "final_fashion_mnist_samples.png", "final_fashion_mnist_generation.gif",
+        *(f"epoch_visualizations/epoch_{epoch}_{kind}.png"
+          for epoch in (1, 2, 3) for kind in ("generation", "samples"))}
+
+
+def test_every_png_is_readable_and_under_one_megabyte(undisturbed):
+    for path in undisturbed[0].rglob("*.png"):
+        assert path.stat().st_size < 10**6
+        with Image.open(path) as image:
+            assert image.format == "PNG" and min(image.size) >= 400 and max(image.size) <= 2000
+            assert np.asarray(image.convert("L")).std() > 10
+
+
+def test_gif_shows_every_step_and_loops(undisturbed):
+    with Image.open(undisturbed[0] / "final_fashion_mnist_generation.gif") as gif:
+        assert gif.n_frames == TINY["SAMPLING_STEPS"] + 1 and gif.info["loop"] == 0
+
+
+def test_log_has_a_row_an_epoch_of_falling_losses(undisturbed):
+    rows = list(csv.DictReader(open(undisturbed[0] / "training_log.csv")))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert [row["step"] for row in rows] == ["6", "12", "18"]
+    names = {f"{kind}_{level}" for kind in ("train", "heldout")
+             for level in ("loss", "early", "middle", "late")}
+    assert set(rows[0]) == {"epoch", "step", *names}
+    for name in names:
+        assert 0 < float(rows[-1][name]) < float(rows[0][name])
+
+
+def test_checkpoints_hold_averaged_weights_of_the_logged_heldout_loss(undisturbed):
+    rows = list(csv.DictReader(open(undisturbed[0] / "training_log.csv")))
+    heldout = load_fashion_mnist("test", Path(TINY["DATA_DIR"], "FashionMNIST", "raw"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script_unet, "PRECISION", "fp32")
+        for what, row in (("last", rows[2]), ("epoch_2", rows[1])):
+            model = load_denoiser(checkpoint(what, undisturbed[0]), "cpu")
+            loss = heldout_loss(model, *heldout)
+            assert loss["loss"] == pytest.approx(float(row["heldout_loss"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("what", ["last", "best_model", "epoch_2"])
+def test_every_checkpoint_loads_and_samples(undisturbed, what):
+    # Under the default constants: the checkpoint knows the model's own
+    model = load_denoiser(str(checkpoint(what, undisturbed[0])), "cpu")
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    images = sample(model, range(10), steps=3)
+    assert images.shape == (10, 1, 28, 28) and images.isfinite().all()
+
+
+def test_run_says_what_it_will_do_and_one_line_an_epoch(undisturbed):
+    _, text = undisturbed
+    model = FashionMNISTUNetDenoiser({name: TINY[name] for name in TINY if name.isupper()})
+    parameters = sum(p.numel() for p in model.parameters())
+    for part in ("cpu", "fp32", f"{torch.get_num_threads()} threads", "600", "200",
+                 TINY["DATA_DIR"], f"{parameters:,} parameters", "MFLOP", "EPOCHS = 3",
+                 "CHANNELS = (16, 32)", "training_log.csv", script_unet.PICTURE_DIR):
+        assert part in text, part
+    assert "LABEL_DROPOUT" not in text      # as it is at its default
+    for epoch in (1, 2, 3):
+        line, = (line for line in text.splitlines() if line.startswith(f"epoch {epoch}/3"))
+        assert "loss" in line and "images/s" in line
+
+
+# Going on
+
+@pytest.mark.parametrize("step", [2, STEPS, STEPS + 3])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_run_says_so_and_goes_on_bit_for_bit(
+        run, undisturbed, monkeypatch, capsys, step, number):
+    with monkeypatch.context() as patch:
+        before_step(patch, step, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(SystemExit) as stopped:
+            run()
+    assert stopped.value.code == 128 + number
+    assert f"stopped by {number.name}" in capsys.readouterr().out
+    assert read_checkpoint(checkpoint("last"))["progress"]["step"] == step
+    run()
+    epochs, images = (step - 1) // STEPS, ((step - 1) % STEPS + 1) * TINY["BATCH_SIZE"]
+    said = capsys.readouterr().out
+    assert f"resuming   {checkpoint('last')}" in said
+    assert f"{epochs} epochs and {images} images" in said
+    assert_as_undisturbed(undisturbed)
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_killed_run_goes_on_from_its_newest_whole_checkpoint(
+        run, undisturbed, monkeypatch, capsys, damage):
+    with monkeypatch.context() as patch:
+        before_step(patch, 2 * STEPS + 4, fail)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run()
+    last, source = checkpoint("last"), "last"
+    if damage:
+        last.write_bytes(last.read_bytes()[:5000])
+        source = "best_model" if same(*(read_checkpoint(checkpoint(what))["progress"]
+                                        for what in ("best_model", "epoch_2"))) else "epoch_2"
+    run()
+    said = capsys.readouterr().out
+    assert f"resuming   {checkpoint(source)}: 2 epochs" in said
+    assert_as_undisturbed(undisturbed)
+    kept = Path(f"{last}.1")
+    assert kept.exists() == damage and (str(kept) in said) == damage
+
+
+def test_run_killed_while_drawing_goes_on_from_the_epoch_before(run, undisturbed, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(script_unet, "draw_losses", lambda history: len(history) > 1 and fail())
+        with pytest.raises(RuntimeError, match="power cut"):
+            run()
+    assert read_checkpoint(checkpoint("last"))["progress"]["epoch"] == 1
+    run()
+    assert_as_undisturbed(undisturbed)
+
+
+def test_finished_run_trains_no_more_until_epochs_is_raised(run, monkeypatch, capsys):
+    monkeypatch.setattr(script_unet, "EPOCHS", 1)
+    run()
+    before = read_checkpoint(checkpoint("last"))
+    run()
+    assert same(read_checkpoint(checkpoint("last")), before)
+    monkeypatch.setattr(script_unet, "EPOCHS", 2)
+    run()
+    progress = read_checkpoint(checkpoint("last"))["progress"]
+    assert progress["epoch"] == 2 and progress["history"][0] == before["progress"]["history"][0]
+
+
+def test_resume_false_starts_anew_and_keeps_every_older_file(run, undisturbed, monkeypatch):
+    older = {f"{checkpoint('last')}{end}": f"run {end}".encode() for end in ("", ".1", ".3")}
+    for name, content in older.items():
+        Path(name).write_bytes(content)
+    monkeypatch.setattr(script_unet, "RESUME", False)
+    run()
+    assert_as_undisturbed(undisturbed)
+    kept = [path.read_bytes() for path in Path().glob(f"{checkpoint('last')}.*")]
+    assert sorted(kept) == sorted(older.values())
+
+
+def test_checkpoint_of_another_model_is_refused_by_the_constants_name(run, monkeypatch):
+    monkeypatch.setattr(script_unet, "EPOCHS", 1)
+    run()
+    before = checkpoint("last").read_bytes()
+    monkeypatch.setattr(script_unet, "CHANNELS", (16, 48))
+    with pytest.raises(UserError, match=r"CHANNELS was \(16, 32\), is \(16, 48\).*RESUME"):
+        run()
+    assert checkpoint("last").read_bytes() == before
+
+
+def test_second_run_in_the_folder_is_refused(run, monkeypatch):
+    monkeypatch.setattr(script_unet, "EPOCHS", 1)
+    before_step(monkeypatch, 3, main)
+    with pytest.raises(UserError, match="another run"):
+        run()
+
+
+# Faults
+
+def diverge_at(monkeypatch, number, spoil):
+    """Have the loss of the training step of that number spoiled."""
+    loss = script_unet.diffusion_loss
+
+    def spoiled(model, x_start, t, labels, noise):
+        losses = loss(model, x_start, t, labels, noise)
+        return spoil(losses) if torch.is_grad_enabled() and now["step"] + 1 == number else losses
+
+    now, init = {}, Trainer.__init__
+
+    def watched(trainer, device):
+        nonlocal now
+        init(trainer, device)
+        now = trainer.progress
+
+    monkeypatch.setattr(Trainer, "__init__", watched)
+    monkeypatch.setattr(script_unet, "diffusion_loss", spoiled)
+
+
+def nan_loss(losses):
+    return losses * float("nan")
+
+
+def nan_gradient(losses):
+    losses.register_hook(lambda gradient: gradient * float("nan"))
+    return losses
+
+
+@pytest.mark.parametrize("step", [STEPS + 2, 2 * STEPS])
+@pytest.mark.parametrize("spoil", [nan_loss, nan_gradient])
+def test_divergence_stops_the_run_before_anything_good_is_overwritten(
+        run, undisturbed, monkeypatch, spoil, step):
+    with monkeypatch.context() as patch:
+        diverge_at(patch, step, spoil)
+        with pytest.raises(UserError, match="diverged.*LEARNING_RATE"):
+            run()
+    state = read_checkpoint(checkpoint("last"))     # raises if it holds what is not finite
+    assert state["progress"]["epoch"] == 1
+    assert len(list(Path().glob("*.pt"))) == 2      # and the best, both of epoch 1
+    run()
+    assert_as_undisturbed(undisturbed)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"not a checkpoint", "truncated", {"model": {}}, [1, 2], {"code": Path("executed")}])
+def test_bad_checkpoint_is_refused_by_name(tmp_path, undisturbed, content):
+    path = tmp_path / "bad.pt"
+    if content == "truncated":
+        content = checkpoint("last", undisturbed[0]).read_bytes()[:-3000]
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    for read in (read_checkpoint, load_denoiser):
+        with pytest.raises(UserError, match="bad.pt"):
+            read(path)
+
+
+def test_missing_checkpoint_is_refused_by_name():
+    with pytest.raises(UserError, match="nowhere.pt"):
+        load_denoiser("nowhere.pt")
+
+
+def test_failed_write_leaves_the_old_file_and_no_half_one(tmp_path, monkeypatch):
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "file"
+    atomic_write(path, b"old")
+    for function in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, full)
+            with pytest.raises(UserError, match="file.*No space left"):
+                atomic_write(path, b"new")
+        assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(UserError, match="nowhere"):
+        atomic_write(tmp_path / "nowhere" / "file", b"new")
+    atomic_write(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+# Best
+
+def test_best_is_the_lowest_heldout_loss_of_the_averaged_weights(run, monkeypatch):
+    losses, judged = iter([1.0, 0.5, 0.7]), []
+
+    def planned(model, images, labels):
+        judged.append({name: value.clone() for name, value in model.state_dict().items()})
+        assert len(images) == 200
+        return dict.fromkeys(("loss", "early", "middle", "late"), next(losses))
+
+    monkeypatch.setattr(script_unet, "heldout_loss", planned)
+    run()
+    best, last = (read_checkpoint(checkpoint(what)) for what in ("best_model", "last"))
+    assert same(best["average"], judged[1]) and same(last["average"], judged[2])
+    assert best["progress"]["epoch"] == 2 and last["progress"]["best_epoch"] == 2
+    assert not same(best["average"], best["model"])
+
+
+def test_heldout_loss_is_fixed_and_by_noise_level(tiny):
+    heldout = load_fashion_mnist("test")
+    model = awake(FashionMNISTUNetDenoiser())
+    first = heldout_loss(model, *heldout)
+    torch.rand(7)
+    again = heldout_loss(model, *heldout, batch_size=33)
+    assert again == pytest.approx(first, rel=1e-4)
+    t = torch.arange(200) % 20      # 140 steps in the first two thirds of 0 ... 19, 60 in the last
+    counts = torch.tensor([(t * 3 // 20 == level).sum() for level in range(3)])
+    thirds = torch.tensor([first[level] for level in ("early", "middle", "late")])
+    assert (thirds * counts).sum() / 200 == pytest.approx(first["loss"], rel=1e-4)
+    assert thirds.diff().abs().min() > 1e-3
+
+
+def test_losses_are_averaged_in_thirds_of_the_steps():
+    t, losses = torch.tensor([0, 2, 3, 5, 6, 8]), torch.tensor([1.0, 3.0, 4.0, 6.0, 8.0, 14.0])
+    sums = script_unet.by_noise_level(losses, t, 9)
+    assert script_unet.mean_losses(sums + sums) == {
+        "loss": 6.0, "early": 2.0, "middle": 5.0, "late": 11.0}
+
+
+# Randomness
+
+def test_pictures_and_metrics_leave_all_random_state_alone(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "SAMPLING_ETA", 1.0)
+    monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 2)
+    trainer, (images, labels) = Trainer(CPU), load_fashion_mnist("test")
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    refresh_batch_norm(trainer.average, images, labels)
+    losses = heldout_loss(trainer.average, images, labels)
+    generate_visualizations(trainer.average, 1)
+    generate_visualizations(trainer.average, 1, final=True)
+    draw_losses([{"epoch": 1, **{f"{kind}_{level}": loss for level, loss in losses.items()
+                                 for kind in ("train", "heldout")}}])
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert all(map(np.array_equal, np.random.get_state(), before[2]))
+
+
+def test_training_is_the_same_bit_for_bit_whatever_pictures_do(run, undisturbed, monkeypatch):
+    def rude(*_args, **_kwargs):
+        torch.manual_seed(torch.randint(1000, ()).item() + 1)
+        np.random.seed(1)
+        torch.rand(17)
+
+    monkeypatch.setattr(script_unet, "generate_visualizations", rude)
+    monkeypatch.setattr(script_unet, "draw_losses", rude)
+    run()
+    assert_as_undisturbed(undisturbed)
+
+
+@pytest.fixture
+def steps_of(tiny, monkeypatch, pictures):
+    """A function that trains `count` steps and returns each step's (x_start, t, labels, noise)."""
+    def record(count, seed=0, disturb=lambda: None):
+        monkeypatch.setattr(tiny, "SEED", seed)
+        seen, loss, trainer = [], tiny.diffusion_loss, Trainer(CPU)
+        with monkeypatch.context() as patch:
+            patch.setattr(tiny, "diffusion_loss",
+                          lambda model, *args: seen.append(args) or loss(model, *args))
+            for step in range(count):
+                if step % STEPS == 0:
+                    trainer.progress.update(epoch=step // STEPS, position=0)
+                disturb()
+                trainer.step(*pictures)
+        return seen
+
+    return record
+
+
+def test_randomness_of_a_step_is_a_function_of_seed_and_step(steps_of):
+    seen = steps_of(3)
+    assert same(steps_of(3, disturb=lambda: torch.manual_seed(torch.seed())), seen)
+    for one, other in ((seen[0], seen[1]), (seen[1], seen[2]), (seen[0], steps_of(1, seed=1)[0])):
+        for number, part in enumerate(("images", "steps", "labels", "noise")):
+            assert not torch.equal(one[number], other[number]), part
+
+
+def test_epoch_sees_every_image_with_its_label_and_every_step(
+        tiny, steps_of, pictures, monkeypatch):
+    monkeypatch.setattr(tiny, "LABEL_DROPOUT", 0.0)
+    first, second = (list(map(torch.cat, zip(*part)))
+                     for part in (lambda seen: (seen[:STEPS], seen[STEPS:]))(steps_of(2 * STEPS)))
+    images, labels = pictures
+    expected = sorted((bytes(x.flatten().tolist()), y) for x, y in zip(images, labels.tolist()))
+    for x_start, t, y, noise in (first, second):
+        pixels = tiny.to_uint8(x_start)
+        assert expected == sorted(
+            (bytes(x.flatten().tolist()), label) for x, label in zip(pixels, y.tolist()))
+        assert t.bincount().tolist() == [600 // 20] * 20    # the noisiest as often as the others
+        assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    assert not torch.equal(first[0], second[0])
+
+
+def test_label_dropout_is_the_share_of_null_labels(tiny, steps_of, monkeypatch):
+    monkeypatch.setattr(tiny, "LABEL_DROPOUT", 0.3)
+    labels = torch.cat([y for _, _, y, _ in steps_of(2 * STEPS)])
+    assert (labels == tiny.NUM_CLASSES).float().mean().item() == pytest.approx(0.3, abs=0.06)
+
+
+# One step's update
+
+def test_learning_rate_warms_up_and_then_falls_to_zero_on_a_cosine(tiny, monkeypatch, pictures):
+    monkeypatch.setattr(tiny, "EPOCHS", 5)
+    monkeypatch.setattr(tiny, "WARMUP_STEPS", 4)
+    trainer, rates = Trainer(CPU), {"muon": [], "adamw": []}
+    for step in range(5 * STEPS):
+        trainer.progress.update(epoch=step // STEPS, position=step % STEPS * 100)
+        trainer.step(*pictures)
+        for name, seen in rates.items():
+            seen.append(getattr(trainer, name).param_groups[0]["lr"])
+    step = np.arange(5 * STEPS)
+    cosine = (1 + np.cos(np.pi * step / len(step))) / 2
+    for name, peak in (("muon", tiny.MUON_LEARNING_RATE), ("adamw", tiny.LEARNING_RATE)):
+        np.testing.assert_allclose(
+            rates[name], peak * np.minimum(1, (step + 1) / 4) * cosine, rtol=1e-6)
+
+
+def test_every_weight_learns_and_kernels_by_nearly_orthogonal_updates(
+        tiny, monkeypatch, pictures):
+    monkeypatch.setattr(tiny, "WEIGHT_DECAY", 0.0)
+    monkeypatch.setattr(tiny, "WARMUP_STEPS", 1)
+    trainer = Trainer(CPU)
+    for _ in range(3):      # until the zero-initialised weights let gradients through
+        trainer.step(*pictures)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.step(*pictures)
+    rate, kernels = trainer.muon.param_groups[0]["lr"], 0
+    for name, p in trainer.model.named_parameters():
+        update = (p.detach() - before[name]).flatten(1) if p.ndim == 4 else p - before[name]
+        assert update.any(), name
+        if p.ndim == 4 and min(p.shape[:2]) >= 16:
+            kernels += 1
+            scale = rate * max(1, update.shape[0] / update.shape[1]) ** 0.5
+            values = torch.linalg.svdvals(update) / scale
+            assert 0.5 < values.median() and values.max() < 1.3, name
+    assert kernels > 0
+
+
+def test_gradient_is_clipped(tiny, monkeypatch, pictures):
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def watched(parameters, limit):
+        parameters = list(parameters)
+        total = clip(parameters, limit)
+        norms.append(torch.stack([p.grad.norm() for p in parameters]).norm().item())
+        return total
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    monkeypatch.setattr(tiny, "GRADIENT_CLIP", 1e-3)
+    Trainer(CPU).step(*pictures)
+    assert norms == [pytest.approx(1e-3, rel=0.01)]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 4.0, 16.0])
+def test_average_of_weights_is_the_power_function_of_their_age(monkeypatch, gamma):
+    monkeypatch.setattr(script_unet, "EMA_GAMMA", gamma)
+    model, average = (torch.nn.Linear(3, 2).double() for _ in range(2))
+    history, count = torch.randn(25, 2, 3, dtype=torch.float64), 25
+    for step, weight in enumerate(history, start=1):
+        model.weight.data.copy_(weight)
+        update_average(average, model, step)
+        if step == 1:       # nothing of the initial weights is left
+            assert torch.equal(average.weight, model.weight)
+    edges = (torch.arange(count + 1, dtype=torch.float64) / count) ** (gamma + 1)
+    expected = torch.einsum("n,nij->ij", edges.diff(), history)
+    torch.testing.assert_close(average.weight.data, expected)
+
+
+@pytest.mark.parametrize("capabilities, wanted", [
+    ({}, torch.float32), ({"avx512_f": True, "avx512_bf16": False}, torch.float32),
+    ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16)])
+def test_cpu_computes_in_bf16_only_where_torch_reports_the_hardware(
+        tiny, monkeypatch, capabilities, wanted):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    model, kinds = FashionMNISTUNetDenoiser(), []
+    model.register_forward_hook(lambda _model, _args, v: kinds.append(v.dtype))
+    for setting in ("auto", "fp32", "bf16"):
+        monkeypatch.setattr(tiny, "PRECISION", setting)
+        tiny.has_bf16.cache_clear()
+        assert sample(model, [0], steps=1).dtype == torch.float32
+    tiny.has_bf16.cache_clear()
+    assert kinds == [wanted, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_run_on_the_gpu_learns_and_its_checkpoint_samples_on_the_cpu(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        available = torch.cuda.is_available
+        set_tiny(patch, tmp_path, PRECISION="auto", EPOCHS=3)
+        patch.setattr(torch.cuda, "is_available", available)
+        main()
+        losses = [row["heldout_loss"] for row in
+                  read_checkpoint(checkpoint("last"))["progress"]["history"]]
+        assert losses[-1] < losses[0]
+        on_gpu, on_cpu = (load_denoiser(checkpoint("last"), device) for device in ("cuda", "cpu"))
+        patch.setattr(script_unet, "PRECISION", "fp32")
+        images = sample(on_gpu, range(10)).cpu()
+        assert (sample(on_cpu, range(10)) - images).abs().mean() < 0.02
+
+
+# Pictures
+
+def coded_sample(level):
+    """A stand-in for sample(): image j of class c is, at step k of 4, all of gray level(c, j, k)."""
+    def fake(model, labels, *_args, callback, **_kwargs):
+        column = torch.arange(len(labels)) - torch.searchsorted(labels, labels)
+        for k, t in enumerate((19, 13, 6, 0, -1)):
+            gray = level(labels, column, torch.full_like(labels, k)).float() / 127.5 - 1
+            images = gray.view(-1, 1, 1, 1).expand(-1, -1, 28, 28)
+            callback(t, images)
+        return images
+
+    return fake
+
+
+def centre_of(gray, level):
+    """(x, y) of the middle of the cell of that gray level; fails when there is none."""
+    rows, columns = np.nonzero(abs(gray - level) <= 1)     # matplotlib's rounding
+    assert len(rows) > 300, level
+    return np.median(columns), np.median(rows)
+
+
+@pytest.mark.parametrize("kind", ["samples", "generation"])
+def test_picture_has_a_row_a_class_and_columns_in_order_on_a_fixed_gray_scale(
+        tiny, monkeypatch, kind):
+    monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 5)
+    monkeypatch.setattr(tiny, "sample", coded_sample(
+        lambda c, j, k: 17 + 4 * (5 * c + (j if kind == "samples" else k))))
+    generate_visualizations(FashionMNISTUNetDenoiser(), 7)
+    with Image.open(f"{tiny.PICTURE_DIR}/epoch_7_{kind}.png") as image:
+        gray = np.asarray(image.convert("L")).astype(int)
+    x, y = np.array([[centre_of(gray, 17 + 4 * (5 * c + column)) for column in range(5)]
+                     for c in range(10)]).transpose(2, 0, 1)
+    for along, across in ((x, y.T), (y.T, x)):     # evenly spaced, and aligned within 2 pixels
+        assert np.ptp(along - along[0], axis=0).max() <= 2 and np.ptp(across[0]) >= 0
+        assert np.diff(along[0]).min() > 20 and np.ptp(np.diff(along[0])) <= 2
+
+
+def test_pictures_name_classes_steps_epoch_and_guidance(tiny, monkeypatch):
+    figures, save = [], Figure.savefig
+
+    def watched(figure, *args, **options):
+        figures.append(figure)
+        return save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", watched)
+    monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 3)
+    monkeypatch.setattr(tiny, "GUIDANCE_SCALE", 2.5)
+    generate_visualizations(FashionMNISTUNetDenoiser(), 7)
+    assert len(figures) == 2
+    for figure in figures:
+        axes, = figure.axes
+        for part in ("epoch 7", "4 of 20 steps", "guidance 2.5"):
+            assert part in axes.get_title()
+        names = [label.get_text() for label in axes.get_yticklabels()]
+        assert names == list(tiny.CLASS_NAMES) and axes.axison
+        height = axes.get_images()[0].get_array().shape[0]
+        rows = [int(tick * 10 / height) for tick in axes.get_yticks()]
+        assert rows == list(range(10))
+    names = [[label.get_text() for label in figure.axes[0].get_xticklabels()]
+             for figure in figures]
+    assert ["t = 19", "t = 6", "image"] in names or ["t = 19", "t = 13", "image"] in names
+
+
+def test_loss_picture_draws_both_losses_by_noise_level_from_the_first_epoch(tiny, monkeypatch):
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (
+        figures.append(figure), save(figure, *args, **options)))
+    row = {f"{kind}_{level}": 0.1 * number for number, (kind, level) in enumerate(
+        ((kind, level) for kind in ("train", "heldout")
+         for level in ("loss", "early", "middle", "late")), start=1)}
+    draw_losses([{"epoch": 1, **row}])
+    drawn = sorted(float(line.get_ydata()[0]) for axes in figures[0].axes for line in axes.lines)
+    assert drawn == pytest.approx(sorted(row.values()))
+    assert all(axes.get_yscale() == "log" for axes in figures[0].axes)
+    assert Path("training_loss.png").exists()
+
+
+def test_gif_ends_with_the_first_final_image_of_each_class(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 2)
+    monkeypatch.setattr(tiny, "sample", coded_sample(lambda c, j, k: 2 * (5 * c + k) + 101 * j))
+    generate_visualizations(FashionMNISTUNetDenoiser(), 7, final=True)
+    with Image.open("final_fashion_mnist_generation.gif") as gif:
+        for k in range(gif.n_frames):
+            gif.seek(k)
+            cells = np.asarray(gif.convert("L"))[14::30, 14::30]
+            assert cells.flatten().tolist() == [2 * (5 * c + k) for c in range(10)]
+    assert k == 4 and Path("final_fashion_mnist_samples.png").exists()
+
+
+def test_mosaic_places_images_row_by_row_between_white_lines():
+    grays = torch.tensor([0, 50, 100, 150, 200, 250])
+    images = (grays.float() / 127.5 - 1).view(6, 1, 1, 1).expand(-1, -1, 4, 4)
+    expected = np.full((10, 16), 255)
+    for i, gray in enumerate(grays.tolist()):
+        top, left = i // 3 * 6, i % 3 * 6
+        expected[top:top + 4, left:left + 4] = gray
+    np.testing.assert_array_equal(mosaic(images, 3), expected)
