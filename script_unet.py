@@ -412,8 +412,10 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None, 
 
     def fresh_noise():  # a stream an image, on the CPU: the same on all machines, in any batch
         noise = [torch.randn(1, size, size, generator=stream) for stream in streams]
-        return torch.stack(noise).to(labels.device) if noise else torch.empty(0, 1, size, size)
+        return torch.stack(noise).to(labels.device)
 
+    if not streams:
+        return torch.empty(0, 1, size, size, device=labels.device)
     x_t, before = fresh_noise(), None
     visited = np.linspace(len(model.abar) - 1, 0, min(steps, len(model.abar))).round().astype(int)
     for t, t_next in zip(visited.tolist(), [*visited[1:], -1]):  # abar[-1] is 1, the image's
@@ -656,6 +658,7 @@ class Trainer:
             getattr(self, name).load_state_dict(state[name])
 
     def save(self, *names):
+        check_loss(0 * sum(weight.sum() for weight in self.model.parameters()).item())  # no NaN
         buffer = io.BytesIO()
         torch.save({"constants": self.model.constants, "progress": self.progress,
                     **{name: getattr(self, name).state_dict() for name in TRAINED}}, buffer)
@@ -702,9 +705,8 @@ def epoch_order(seed, epoch, count):
     """A permutation of the images, another one each epoch."""
     return torch.randperm(count, generator=generator("order", seed, epoch))
 
-def check_losses(sums):
-    """The mean loss. Raises UserError when training has diverged; untrained, it is about 1."""
-    loss = mean_losses(sums)["loss"]
+def check_loss(loss):
+    """The loss itself. Raises UserError when training has diverged; untrained, it is about 1."""
     if not loss < 10:
         raise UserError(f"training diverged (loss {loss:g}); the last good checkpoint is kept. "
                         "Lower LEARNING_RATE, MUON_LEARNING_RATE or GRADIENT_CLIP, raise "
@@ -714,11 +716,11 @@ def check_losses(sums):
 def finish_epoch(trainer, images, labels, heldout):
     """Judge the averaged weights, draw, log and, last, save."""
     now = trainer.progress
-    check_losses(now["sums"])
     refresh_batch_norm(trainer.average, images, labels)
     row = {"epoch": now["epoch"] + 1, "step": now["step"]}
     for kind, losses in (("train", mean_losses(now["sums"])),
                          ("heldout", heldout_loss(trainer.average, *heldout))):
+        check_loss(losses["loss"])
         row |= {f"{kind}_{name}": value for name, value in losses.items()}
     now.update(epoch=row["epoch"], position=0, sums=torch.zeros(2, 3))
     now["history"].append(row)
@@ -735,7 +737,6 @@ def exit_if_asked(trainer, images, labels, stop):
     """Save and exit with 128 + the signal's number when there is one in the list `stop`."""
     if stop:
         if trainer.progress["position"]:
-            check_losses(trainer.progress["sums"])
             refresh_batch_norm(trainer.average, images, labels)
         trainer.save("last")
         print(f"stopped by {signal.Signals(stop[0]).name}, state saved in "
@@ -754,13 +755,14 @@ def train(trainer, images, labels, heldout, stop):
             while now["position"] + BATCH_SIZE <= len(images):
                 trainer.step(images, labels)
                 if now["step"] % 20 == 0:
-                    bar.set_postfix_str(f"loss {check_losses(now['sums']):.4f}", refresh=False)
+                    loss = check_loss(mean_losses(now["sums"])["loss"])
+                    bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
                 bar.update(BATCH_SIZE)
                 exit_if_asked(trainer, images, labels, stop)
             rate = (per_epoch - position) / (time.perf_counter() - epoch_began)
             finish_epoch(trainer, images, labels, heldout)
             done = now["epoch"] * per_epoch
-            left = (time.perf_counter() - began) / (done - first) * (total - done)
+            left = (time.perf_counter() - began) / max(1, done - first) * (total - done)
             row, best = now["history"][-1], " (best)" * (now["best_epoch"] == now["epoch"])
             bar.write(f"epoch {now['epoch']}/{EPOCHS}: loss {row['train_loss']:.4f}, held out "
                       f"{row['heldout_loss']:.4f}{best}, {rate:.0f} images/s, "
@@ -777,7 +779,8 @@ ALLOWED = {
     "WEIGHT_DECAY": (0.01, 0, 10), "GRADIENT_CLIP": (1.0, 1e-9, 1e9), "DROPOUT": (0.0, 0, 0.99),
     "LABEL_DROPOUT": (0.1, 0, 0.99), "EMA_GAMMA": (16.0, 0, 1e6), "SEED": (0, 0, 1e9),
     "IMG_SIZE": (28, 16, 64), "PATCH_SIZE": (2, 1, 4), "CHANNELS": ((64, 96, 112), 1, 1e4),
-    "BLOCKS": ((1, 1, 1), 0, 100), "EMBEDDING_DIM": (256, 1, 1e5), "ATTENTION_HEAD_DIM": (28, 1, 1e4),
+    "BLOCKS": ((1, 1, 1), 0, 100), "EMBEDDING_DIM": (256, 1, 1e5),
+    "ATTENTION_HEAD_DIM": (28, 1, 1e4),
     "NUM_DIFFUSION_STEPS": (100, 2, 1e5), "BETA_SCHEDULE": ("cosine", ("cosine", "linear")),
     "BETA_START": (1e-4, 1e-9, 1), "BETA_END": (0.02, 1e-9, 1), "SAMPLING_STEPS": (20, 1, 1e5),
     "SAMPLING_ETA": (0.0, 0, 1), "GUIDANCE_SCALE": (1.25, 0, 100), "RESUME": (True, (True, False)),
