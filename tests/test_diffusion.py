@@ -118,7 +118,8 @@ def loss_and_plain_error(error):
     model = Predictor(lambda x_t, t, labels: x_start + error(x_start))
     v = oracle(DDPMScheduler, "cosine", 100).get_velocity(x_start, noise, t)
     predicted = model(q_sample(x_start, t, noise, model.abar), t, None)
-    return diffusion_loss(model, x_start, t, t % 10, noise), (predicted - v).square().mean((1, 2, 3))
+    plain = (predicted - v).square().mean((1, 2, 3))
+    return diffusion_loss(model, x_start, t, t % 10, noise), plain
 
 
 def test_loss_is_the_plain_error_of_v_where_nothing_overshoots():

