@@ -17,7 +17,7 @@ import script_unet  # noqa: E402
 TINY = {"IMG_SIZE": 28, "PATCH_SIZE": 4, "CHANNELS": (16, 32), "BLOCKS": (1, 1),
         "EMBEDDING_DIM": 32, "ATTENTION_HEAD_DIM": 16, "NUM_DIFFUSION_STEPS": 20,
         "BATCH_SIZE": 100, "EPOCHS": 2, "SAMPLING_STEPS": 4, "WARMUP_STEPS": 3, "EMA_GAMMA": 4.0,
-        "PRECISION": "fp32", "DATA_DIR": str(DATA)}
+        "DROPOUT": 0.1, "GUIDANCE_SCALE": 1.0, "PRECISION": "fp32", "DATA_DIR": str(DATA)}
 
 
 def set_tiny(monkeypatch, folder, **constants):

@@ -16,6 +16,7 @@ KINDS = ("cosine", "linear")
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
     monkeypatch.setattr(script_unet, "PRECISION", "fp32")
+    monkeypatch.setattr(script_unet, "GUIDANCE_SCALE", 1.0)
 
 
 def oracle(scheduler, kind, steps, **options):
@@ -169,7 +170,7 @@ def frames_of(model, labels, **options):
 @pytest.mark.parametrize("kind", KINDS)
 def test_deterministic_sampling_is_diffusers_second_order_dpm_solver(kind, steps):
     labels = torch.arange(5)
-    frames, _ = frames_of(Predictor(wavy, kind=kind), labels, steps=steps, eta=0.0, guidance_scale=1)
+    frames, _ = frames_of(Predictor(wavy, kind=kind), labels, steps=steps, eta=0.0)
     solver = oracle(DPMSolverMultistepScheduler, kind, 100, prediction_type="sample",
                     algorithm_type="dpmsolver++", solver_order=2, lower_order_final=False)
     solver.set_timesteps(timesteps=[t for t, _ in frames[:-1]])
@@ -183,7 +184,7 @@ def test_deterministic_sampling_is_diffusers_second_order_dpm_solver(kind, steps
 @pytest.mark.parametrize("eta, steps", [(1.0, 100), (1.0, 10), (0.5, 10)])
 def test_random_sampling_adds_fresh_noise_to_ddims_steps(eta, steps):
     labels = torch.arange(10)
-    frames, _ = frames_of(Predictor(wavy), labels, steps=steps, eta=eta, guidance_scale=1)
+    frames, _ = frames_of(Predictor(wavy), labels, steps=steps, eta=eta)
     abar = oracle(DDPMScheduler, "cosine", 100).alphas_cumprod.double()
     noises = []
     for (t, x_t), (t_next, x_next) in zip(frames, frames[1:-1]):  # the last step adds none

@@ -202,7 +202,7 @@ def test_default_model_fits_its_budget():
     assert flops == operations(model, torch.zeros(1, 1, 28, 28), label, label) <= 120_000_000
 
 
-def test_averaged_model_predicts_in_eval_mode_as_well_as_on_a_big_batch_in_train_mode(
+def test_averaged_model_predicts_in_eval_mode_as_well_as_with_a_big_batchs_statistics(
         tiny, pictures):
     images, labels = pictures
     trainer = script_unet.Trainer(torch.device("cpu"))
@@ -220,7 +220,9 @@ def test_averaged_model_predicts_in_eval_mode_as_well_as_on_a_big_batch_in_train
     stale = loss(trainer.average.eval())
     refresh_batch_norm(trainer.average, images, labels)
     assert not trainer.average.training
-    fresh = loss(trainer.average)
-    on_batch = loss(copy.deepcopy(trainer.average).train())
-    assert fresh == pytest.approx(on_batch, rel=0.02)
+    fresh, batch = loss(trainer.average), copy.deepcopy(trainer.average).train()
+    for module in batch.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    assert fresh == pytest.approx(loss(batch), rel=0.01)
     assert stale > 1.05 * fresh     # else this test could not fail

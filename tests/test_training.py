@@ -290,6 +290,14 @@ def test_divergence_stops_the_run_before_anything_good_is_overwritten(
     assert_as_undisturbed(undisturbed)
 
 
+def test_signal_after_divergence_overwrites_nothing_good(run, monkeypatch):
+    diverge_at(monkeypatch, STEPS + 2, nan_gradient)
+    before_step(monkeypatch, STEPS + 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(UserError, match="diverged"):
+        run()
+    assert read_checkpoint(checkpoint("last"))["progress"]["epoch"] == 1
+
+
 @pytest.mark.parametrize("content", [
     b"", b"not a checkpoint", "truncated", {"model": {}}, [1, 2], {"code": Path("executed")}])
 def test_bad_checkpoint_is_refused_by_name(tmp_path, undisturbed, content):
