@@ -448,15 +448,15 @@ def update_average(average, model, step):
 def refresh_batch_norm(model, images, labels, batches=20, batch_size=256):
     """Measure batch normalization's statistics for these weights, on noisy training images.
     Averaged weights fit neither the statistics of the last weights nor an average of them."""
-    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
-        norm.reset_running_stats()
+    for norm in (part for part in model.eval().modules() if isinstance(part, nn.BatchNorm2d)):
+        norm.train().reset_running_stats()
         norm.momentum = None  # the plain mean over the batches
     draw, device = generator("batch norm", SEED), images.device
     for _ in range(batches):
         pick = torch.randint(len(images), (batch_size,), generator=draw).to(device)
         t = torch.randint(len(model.abar), (batch_size,), generator=draw).to(device)
         noise = torch.randn(batch_size, *images.shape[1:], generator=draw).to(device)
-        diffusion_loss(model.train(), to_float(images[pick]), t, labels[pick], noise)
+        diffusion_loss(model, to_float(images[pick]), t, labels[pick], noise)
     model.eval()
 
 NOISE_LEVELS = ("early", "middle", "late")  # thirds of the steps, from little to much noise
