@@ -2,7 +2,9 @@
 
     python script_unet.py
 
-Edit the constants below, run the command, open the PNGs. RESULT_LINE
+Edit the constants below, run the command, open the PNGs. Ten minutes (EPOCHS = 10) on two cores
+of an AMD EPYC (Zen 5, bf16), one run, 2,000 samples: class accuracy .94 (real test images: .93),
+precision .89 (.90), recall .81 (.88), Frechet distance 266 (26); see tests/benchmarks/results.md.
 
 Notation: x_start is a clean image, float (B, 1, H, W) in [-1, 1]; t (B,) is a step's index, from
 0 (almost clean) to T-1 (pure noise); x_t is x_start after step t; abar is alphas_cumprod.
@@ -413,7 +415,6 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None, 
     def fresh_noise():  # a stream an image, on the CPU: the same on all machines, in any batch
         noise = [torch.randn(1, size, size, generator=stream) for stream in streams]
         return torch.stack(noise).to(labels.device)
-
     if not streams:
         return torch.empty(0, 1, size, size, device=labels.device)
     x_t, before = fresh_noise(), None
@@ -440,7 +441,7 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None, 
 # ---- Averaged weights, and the held-out loss that judges them ----------------------------------
 @torch.no_grad()
 def update_average(average, model, step):
-    """Power-function average of the weights after `step` (1, 2, ...) updates, [8] eq. 127."""
+    """Power-function average of the weights after `step` (1, 2, ...) updates, [8] section 3.1."""
     decay = (1 - 1 / step) ** (EMA_GAMMA + 1)
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
@@ -530,7 +531,6 @@ def generate_visualizations(model, epoch, final=False):
     def watch(t, x_t):
         names.append("image" if t < 0 else f"t = {t}")
         frames.append(x_t[::columns].cpu())                         # (10, 1, H, W)
-
     images = sample(model, torch.arange(NUM_CLASSES).repeat_interleave(columns), callback=watch)
     stem, steps = f"{PICTURE_DIR}/epoch_{epoch}", f"{len(frames) - 1} of {len(model.abar)} steps"
     about = f"epoch {epoch}, {steps}, guidance {GUIDANCE_SCALE:g}"
