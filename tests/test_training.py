@@ -493,6 +493,22 @@ def test_every_weight_learns_and_kernels_by_nearly_orthogonal_updates(
     assert kernels > 0
 
 
+@pytest.mark.parametrize("patch", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [16, 17, 33, 64])
+def test_every_image_and_patch_size_trains_and_samples(tiny, monkeypatch, size, patch):
+    for name, value in (("IMG_SIZE", size), ("PATCH_SIZE", patch), ("BATCH_SIZE", 4)):
+        monkeypatch.setattr(tiny, name, value)
+    images, labels = (part[:40] for part in load_fashion_mnist("train"))
+    trainer = Trainer(CPU)
+    for _ in range(2):
+        trainer.step(images, labels)
+    refresh_batch_norm(trainer.average, images, labels, batches=1, batch_size=4)
+    drawn = sample(trainer.average, [0, 9], steps=2)
+    assert drawn.shape == (2, 1, size, size) and drawn.isfinite().all()
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.isfinite(trainer.progress["sums"]).all() and trainer.progress["step"] == 2
+
+
 def test_gradient_is_clipped(tiny, monkeypatch, pictures):
     norms, clip = [], torch.nn.utils.clip_grad_norm_
 
