@@ -2,9 +2,9 @@
 
     python script_unet.py
 
-Edit the constants below, run the command, open the PNGs. Ten minutes (EPOCHS = 10) on two cores
-of an AMD EPYC (Zen 5, bf16), mean of 2 runs: class accuracy .94 (real test images: .93), precision
-.90 (.90), recall .80 (.88), Frechet distance 242 (26); see tests/benchmarks/results.md.
+Edit the constants below, run the command, open the PNGs. Ten minutes on two cores of an AMD EPYC
+(Zen 5, bf16), mean of 2 runs: class accuracy .94 (real test images: .93), precision .90 (.90),
+recall .80 (.88), Frechet distance 242 (26); see tests/benchmarks/results.md.
 
 Notation: x_start is a clean image, float (B, 1, H, W) in [-1, 1]; t (B,) is a step's index, from
 0 (almost clean) to T-1 (pure noise); x_t is x_start after step t; abar is alphas_cumprod.
@@ -19,12 +19,13 @@ Notation: x_start is a clean image, float (B, 1, H, W) in [-1, 1]; t (B,) is a s
 [8] Karras et al., Analyzing and Improving the Training Dynamics (EMA), arXiv:2312.02696
 [9] Liu et al., Muon is Scalable for LLM Training, arXiv:2502.16982
 """
-import contextlib, copy, ctypes, functools, gzip, hashlib, io, math, os, platform
+import contextlib, copy, ctypes, functools, gc, gzip, hashlib, io, math, os, platform
 import shutil, signal, sys, tempfile, time, zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -36,8 +37,8 @@ from tqdm import tqdm
 # Training
 EPOCHS = 150                # passes over the training images
 BATCH_SIZE = 128            # images per optimizer step
-LEARNING_RATE = 2e-3        # AdamW's peak, reached after WARMUP_STEPS, then a cosine down to 0
-MUON_LEARNING_RATE = 0.02   # the same for the weight matrices, whose updates are orthogonal [9]
+LEARNING_RATE = 2e-3        # AdamW's peak, after WARMUP_STEPS; falls linearly to 0 over EPOCHS
+MUON_LEARNING_RATE = 0.02   # the same for the convolutions, whose updates are orthogonal [9]
 WARMUP_STEPS = 200          # optimizer steps; the batch statistics and moments settle first
 WEIGHT_DECAY = 0.01         # decoupled, of both optimizers
 GRADIENT_CLIP = 1.0         # largest L2 norm of the whole gradient
@@ -62,7 +63,7 @@ BETA_START = 1e-4           # linear only: the first beta at T = 1000, rescaled 
 BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled by 1000 / T
 # Sampling
 SAMPLING_STEPS = 20         # of the T steps; more are slower and hardly better
-SAMPLING_ETA = 0.0          # 0: deterministic, second order [6]; 1: with DDPM's noise [1, 3]
+SAMPLING_ETA = 0.3          # share of DDPM's noise: 0: deterministic [6]; 1: ancestral [1, 3]
 GUIDANCE_SCALE = 1.25       # 1: none, half the cost; above: more typical, less varied images
 # Machine and output, in the working directory
 PRECISION = "auto"          # "auto": bf16 where the hardware computes in it; or "bf16", "fp32"
@@ -78,6 +79,8 @@ NUM_CLASSES = len(CLASS_NAMES)  # labels 0 ... 9; label 10 is the null class: an
 MODEL_CONSTANTS = ("IMG_SIZE", "NUM_CLASSES", "PATCH_SIZE", "CHANNELS", "BLOCKS", "EMBEDDING_DIM",
                    "ATTENTION_HEAD_DIM", "NUM_DIFFUSION_STEPS", "BETA_SCHEDULE", "BETA_START",
                    "BETA_END")  # what a trained model cannot do without
+# Set by torchrun: this process's number among all, and how many there are
+RANK, WORLD_SIZE = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 class UserError(Exception):
     """Something that the user can mend; the message names the constant or the file."""
@@ -163,15 +166,15 @@ class PatchConv(nn.Module):
     def __init__(self, in_channels, out_channels, patch_size):
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_channels * patch_size**2, out_channels, 1)
-
+        self.conv = nn.Conv2d(in_channels * patch_size**2, out_channels, 1)
     def forward(self, x):
         rows, cols = -x.shape[-2] % self.patch_size, -x.shape[-1] % self.patch_size
         if rows or cols:
             x = F.pad(x, (cols // 2, cols - cols // 2, rows // 2, rows - rows // 2))
         # A strided convolution in two parts, which a CPU does several times faster
-        x = F.pixel_unshuffle(x, self.patch_size)                   # (B, in * p * p, H/p, W/p)
-        return self.proj(x.contiguous(memory_format=torch.channels_last))   # (B, out, H/p, W/p)
+        x, patch = x.permute(0, 2, 3, 1), (-1, self.patch_size)
+        x = x.unflatten(2, patch).unflatten(1, patch).transpose(2, 3)   # (B, H/p, W/p, p, p, in)
+        return self.conv(x.flatten(3).permute(0, 3, 1, 2))          # (B, out, H/p, W/p)
 
 class PatchExpand(nn.Module):
     """Each pixel to a p x p patch; (B, in, H/p, W/p), size = (H, W) -> (B, out, H, W).
@@ -179,10 +182,10 @@ class PatchExpand(nn.Module):
     def __init__(self, in_channels, out_channels, patch_size):
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_channels, out_channels * patch_size**2, 1)
-
+        self.conv = nn.Conv2d(in_channels, out_channels * patch_size**2, 1)
     def forward(self, x, size):
-        x = F.pixel_shuffle(self.proj(x), self.patch_size)          # (B, out, h * p, w * p)
+        x = self.conv(x).permute(0, 2, 3, 1).unflatten(3, (self.patch_size, self.patch_size, -1))
+        x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)   # (B, out, hp, wp)
         top, left = (x.shape[-2] - size[0]) // 2, (x.shape[-1] - size[1]) // 2
         x = x[..., top:top + size[0], left:left + size[1]]          # (B, out, H, W)
         return x.contiguous(memory_format=torch.channels_last)
@@ -200,11 +203,10 @@ class DoubleConv(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         nn.init.zeros_(self.conv2.weight)
-
     def forward(self, x, emb):
         scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1)
         x = self.conv1(F.silu(self.norm1(x)))                       # (B, C, H, W)
-        x = self.norm2(x) * (1 + scale) + shift                     # (B, C, H, W)
+        x = torch.addcmul(shift, self.norm2(x), 1 + scale)          # (B, C, H, W)
         return self.conv2(self.dropout(F.silu(x)))                  # (B, C, H, W)
 
 class ResBlock(nn.Module):
@@ -212,7 +214,6 @@ class ResBlock(nn.Module):
     def __init__(self, channels, embedding_dim, dropout=0.0):
         super().__init__()
         self.double_conv = DoubleConv(channels, embedding_dim, dropout)
-
     def forward(self, x, emb):
         return x + self.double_conv(x, emb)
 
@@ -222,7 +223,6 @@ class Down(nn.Module):
         super().__init__()
         self.patch_conv = PatchConv(in_channels, out_channels, patch_size)
         self.blocks = nn.ModuleList(ResBlock(out_channels, *block_args) for _ in range(blocks))
-
     def forward(self, x, emb):
         x = self.patch_conv(x)                                      # (B, out, H/p, W/p)
         for block in self.blocks:
@@ -236,7 +236,6 @@ class Up(nn.Module):
         super().__init__()
         self.patch_expand = PatchExpand(in_channels, out_channels, patch_size)
         self.blocks = nn.ModuleList(ResBlock(out_channels, *block_args) for _ in range(blocks))
-
     def forward(self, x, skip, emb):
         x = self.patch_expand(x, skip.shape[-2:]) + skip            # (B, out, H, W)
         for block in self.blocks:
@@ -254,7 +253,6 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels, bias=False)
         nn.init.zeros_(self.out.weight)
-
     def forward(self, x):
         b, c, h, w = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c)      # (B, N, C)
@@ -291,7 +289,6 @@ class FashionMNISTUNetDenoiser(nn.Module):
         self.to_pixels = PatchExpand(channels[0], 1, c["PATCH_SIZE"])
         for parameter in self.to_pixels.parameters():
             nn.init.zeros_(parameter)
-
     def forward(self, x_t, t, labels):
         emb = self.time_mlp(time_embedding(t / len(self.abar)))
         emb = F.silu(emb + self.class_embedding(labels))            # (B, E)
@@ -363,17 +360,12 @@ def posterior(x_start, x_t, abar_t, abar_next, eta=1.0):
     mean = math.sqrt(abar_next) * x_start + math.sqrt(max(0, 1 - abar_next - std**2)) * noise
     return mean, std
 
-@functools.lru_cache
-def has_bf16(device_type):
-    """Whether the hardware multiplies in bf16; a CPU that only emulates it is slower by far."""
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    return device_type == "cpu" and any(map(known.get, ("avx512_bf16", "amx_bf16")))
-
 def precision(device):
-    """"bf16" or "fp32": PRECISION or, for "auto", what the device is best at."""
-    return PRECISION if PRECISION != "auto" else "bf16" if has_bf16(device.type) else "fp32"
+    """PRECISION or, for "auto", "bf16" where the hardware, not an emulation, multiplies in it."""
+    cpu = torch.cpu.get_capabilities()
+    fast = {"cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(),
+            "cpu": cpu.get("avx512_bf16") or cpu.get("amx_bf16")}
+    return PRECISION if PRECISION != "auto" else "bf16" if fast.get(device.type) else "fp32"
 
 def predict_x_start(model, x_t, t, labels, guidance_scale=1.0):
     """The model's x_start (B, 1, H, W), float32, not clipped; guided as in [5] eq. 6."""
@@ -388,9 +380,8 @@ def predict_x_start(model, x_t, t, labels, guidance_scale=1.0):
 
 def diffusion_loss(model, x_start, t, labels, noise):
     """Mean squared error of v for each image, (B,), apart from overshoot.
-    Pixels end at -1 and 1 (half of all are exactly -1), and sampling clips there, so a prediction
-    beyond is as right as one at the end. Punished, it would leave half of the background a little
-    too bright: the grain that few sampling steps show."""
+    Pixels end at -1 and 1 (half of all are exactly -1), and sampling clips there: a prediction
+    beyond is right. Punished, it would leave half of the background too bright, as grain."""
     x_t = q_sample(x_start, t, noise, model.abar)
     error = predict_x_start(model, x_t, t, labels) - x_start
     error = error.masked_fill((x_start.abs() >= 1) & (error * x_start > 0), 0)
@@ -402,12 +393,11 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None, 
            batch_size=500):
     """Images (N, 1, H, W) in [-1, 1] of the labels (N,), on the model's device.
     steps of the T, eta, guidance_scale and seed default to the constants. eta = 1 with steps = T
-    is DDPM [1], eta = 0 the deterministic second-order solver [6], others DDIM [3].
+    is DDPM [1], eta = 0 the deterministic second-order solver [6], between: [6] with DDIM's noise.
     Image i depends on seed and i alone: with any N and batch_size it is the same, up to 1e-4 in
     fp32. callback(t, x_t) sees all images before each step t and, with t = -1, the result."""
-    steps, eta, scale, seed = (default if given is None else given for given, default in (
-        (steps, SAMPLING_STEPS), (eta, SAMPLING_ETA), (guidance_scale, GUIDANCE_SCALE),
-        (seed, SEED)))
+    steps, eta, scale, seed = (default if given is None else given for given, default in zip(
+        (steps, eta, guidance_scale, seed), (SAMPLING_STEPS, SAMPLING_ETA, GUIDANCE_SCALE, SEED)))
     abar, size = model.abar.tolist() + [1.0], model.constants["IMG_SIZE"]
     labels = torch.as_tensor(labels, device=model.abar.device)
     streams = [generator("sample", seed, i) for i in range(len(labels))]
@@ -422,11 +412,11 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None, 
     for t, t_next in zip(visited.tolist(), [*visited[1:], -1]):  # abar[-1] is 1, the image's
         if callback:
             callback(t, x_t)
-        x_start = torch.cat([
-            predict_x_start(model, x, torch.full_like(y, t), y, scale).clamp(-1, 1)
-            for x, y in zip(x_t.split(batch_size), labels.split(batch_size))])
+        batches = zip(x_t.split(batch_size), labels.split(batch_size))
+        x_start = torch.cat([predict_x_start(model, x, torch.full_like(y, t), y, scale)
+                             for x, y in batches]).clamp(-1, 1)     # (N, 1, H, W)
         estimate = x_start
-        if eta == 0 and t_next >= 0:
+        if eta < 1 and t_next >= 0:
             # [6] algorithm 2: x_start extrapolated linearly in lambda = log(SNR) / 2
             now, then = (math.log(a / (1 - a)) / 2 for a in (abar[t], abar[t_next]))
             if before:
@@ -478,15 +468,16 @@ def heldout_loss(model, images, labels, batch_size=500):
     t = (torch.arange(len(images)) % len(model.abar)).to(images.device)
     noise = torch.randn(images.shape, generator=generator("held out")).to(images.device)
     batches = zip(*(part.split(batch_size) for part in (images, t, labels, noise)))
-    return mean_losses(sum(
-        by_noise_level(diffusion_loss(model, to_float(x), s, y, n), s, len(model.abar))
-        for x, s, y, n in batches))
+    return mean_losses(sum(by_noise_level(diffusion_loss(model, to_float(x), s, y, n), s,
+                                          len(model.abar)) for x, s, y, n in batches))
 
 # ---- Pictures ----------------------------------------------------------------------------------
 def atomic_write(path, data):
     """Write bytes beside path, flush them to the disk, rename them over path.
     Nobody ever meets half a file: what stood at path stays until the new one is whole. Raises
-    UserError, naming path, when it cannot be written."""
+    UserError, naming path, when it cannot be written. Of several processes, the first writes."""
+    if RANK:
+        return
     path = Path(path)
     beside = path.with_name(f".{path.name}.writing")
     try:
@@ -501,8 +492,7 @@ def atomic_write(path, data):
                         "untouched. Make room or the folder writable, then run again") from error
 
 def save_figure(figure, path):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=100)
     atomic_write(path, buffer.getvalue())
 
 def mosaic(images, columns, gap=2):
@@ -548,12 +538,11 @@ def generate_visualizations(model, epoch, final=False):
 def draw_losses(history):
     """training_loss.png: each epoch's loss, in all and by noise level, training and held out."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for kind, style in (("train", "--"), ("heldout", "-")):
+    panels, epochs = figure.subplots(1, 2), [row["epoch"] for row in history]
+    for kind, style in (("train", ".--"), ("heldout", ".-")):
         for i, level in enumerate(("loss", *NOISE_LEVELS)):
-            panels[min(i, 1)].plot([row["epoch"] for row in history],
-                                   [row[f"{kind}_{level}"] for row in history], style, marker=".",
-                                   color=f"C{i}", label=f"{kind} {level}")
+            losses = [row[f"{kind}_{level}"] for row in history]
+            panels[min(i, 1)].plot(epochs, losses, style, color=f"C{i}", label=f"{kind} {level}")
     for axes, title in zip(panels, ("All steps", "By noise level (early steps: little noise)")):
         axes.set(title=title, xlabel="epoch", ylabel="mean squared error of v", yscale="log")
         axes.grid(alpha=0.3, which="both")
@@ -570,8 +559,8 @@ def read_checkpoint(path):
     """The checked state in a file, executing nothing. Raises UserError, naming a bad file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        [state[name].keys() for name in ("constants", "progress", *TRAINED)]
-        for name, value in {**state["model"], **state["average"]}.items():
+        [state[name].keys() for name in ("constants", *TRAINED)], state["progress"]["step"] + 0
+        for name, value in [*state["model"].items(), *state["average"].items()]:
             if not value.isfinite().all():
                 raise ValueError(f"{name} is not finite")
     except Exception as error:  # torch.load raises whatever the bytes suggest to it
@@ -595,13 +584,12 @@ def newest_checkpoint(constants):
     Raises UserError when it is of another model than the constants describe."""
     found = [(-1, None, {"constants": constants})]
     numbered = Path().glob(str(checkpoint_path("epoch_*")))
-    for path in (checkpoint_path("last"), checkpoint_path("best_model"), *numbered):
+    for path in filter(Path.exists, [*map(checkpoint_path, ("last", "best_model")), *numbered]):
         try:
-            if path.exists() and not RESUME:
+            if not RESUME:
                 raise UserError("RESUME is False")
-            if path.exists():
-                state = read_checkpoint(path)
-                found.append((state["progress"]["step"], path, state))
+            state = read_checkpoint(path)
+            found.append((state["progress"]["step"], path, state))
         except UserError as error:
             aside = next(new for i in range(1, 9999) if not (new := Path(f"{path}.{i}")).exists())
             print(f"{error}: {path} is kept as {path.rename(aside)}", flush=True)
@@ -617,19 +605,14 @@ def newest_checkpoint(constants):
 # ---- Training ----------------------------------------------------------------------------------
 def pick_device():
     """CUDA, then MPS, then the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device("cuda" if torch.cuda.is_available() else mps)
 
 def keep_freed_memory():
     """Let glibc reuse freed memory: mapping and zeroing it anew costs a fifth of a CPU's step."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(-4, 0)            # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD
-
-def as_matrix(weight):
-    """A channels_last kernel (out, in, h, w), seen as a matrix (out, h * w * in)."""
-    return weight.permute(0, 2, 3, 1).flatten(1) if weight.ndim == 4 else weight
 
 class Trainer:
     """The weights, their average, the optimizers and the progress: all that a resume restores.
@@ -640,22 +623,21 @@ class Trainer:
         self.model = FashionMNISTUNetDenoiser(dropout=DROPOUT)
         self.model.to(device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
-        kernels = {name: p for name, p in self.model.named_parameters()
-                   if p.ndim > 1 and min(p.shape[:2]) >= 16 and "embedding" not in name}
-        others = [p for name, p in self.model.named_parameters() if name not in kernels]
-        # torch's Muon takes matrices: it gets other views of the same memory
-        self.matrices = [(nn.Parameter(as_matrix(p.data)), p) for p in kernels.values()]
-        self.muon = torch.optim.Muon([matrix for matrix, _ in self.matrices], MUON_LEARNING_RATE,
-                                     weight_decay=WEIGHT_DECAY)
+        self.network = self.model
+        if WORLD_SIZE > 1:  # gradients are averaged over all processes, on GPUs statistics as well
+            if device.type == "cuda":
+                nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            self.network = nn.parallel.DistributedDataParallel(self.model)
+            self.network.abar = self.model.abar
+        self.kernels = [p for p in self.model.parameters() if p.ndim == 4 and min(p.shape[:2]) > 15]
+        others = [p for p in self.model.parameters() if all(p is not k for k in self.kernels)]
+        # torch's Muon takes matrices: here (out, h * w * in), in the memory of the kernels
+        self.matrices = [nn.Parameter(k.data.permute(0, 2, 3, 1).flatten(1)) for k in self.kernels]
+        self.muon = torch.optim.Muon(self.matrices, MUON_LEARNING_RATE, WEIGHT_DECAY, ns_steps=3)
         self.adamw = torch.optim.AdamW(others, LEARNING_RATE, (0.9, 0.99),
                                        weight_decay=WEIGHT_DECAY, fused=device.type != "mps")
         self.progress = {"epoch": 0, "position": 0, "step": 0, "sums": torch.zeros(2, 3),
                          "best_loss": math.inf, "best_epoch": 0, "history": []}
-
-    def load_state_dict(self, state):
-        self.progress.update(state["progress"])
-        for name in TRAINED:
-            getattr(self, name).load_state_dict(state[name])
 
     def save(self, *names):
         check_loss(0 * sum(weight.sum() for weight in self.model.parameters()).item())  # no NaN
@@ -684,21 +666,29 @@ class Trainer:
         noise = torch.randn(BATCH_SIZE, *images.shape[1:], device=device)
         dropped = torch.rand(BATCH_SIZE, device=device) < LABEL_DROPOUT
         y = labels[batch].masked_fill(dropped, NUM_CLASSES)
-        losses = diffusion_loss(self.model.train(), to_float(images[batch]), t, y, noise)
+        # Each process draws the whole batch and takes its share: any number of them sees the same
+        batch, t, y, noise = (part[RANK::WORLD_SIZE] for part in (batch, t, y, noise))
+        losses = diffusion_loss(self.network.train(), to_float(images[batch]), t, y, noise)
         losses.mean().backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
-        for matrix, kernel in self.matrices:
-            matrix.grad = as_matrix(kernel.grad)
+        for kernel, matrix in zip(self.kernels, self.matrices):
+            matrix.grad = kernel.grad.permute(0, 2, 3, 1).flatten(1)
         done = (now["epoch"] + now["position"] / len(images)) / EPOCHS
-        factor = min(1, (now["step"] + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * done)) / 2
+        factor = min(1, (now["step"] + 1) / WARMUP_STEPS) * (1 - done)
         for optimizer in (self.muon, self.adamw):
             optimizer.param_groups[0]["lr"] = factor * optimizer.defaults["lr"]
             optimizer.step()
         self.model.zero_grad()
         now["step"] += 1
         now["position"] += BATCH_SIZE
-        now["sums"] = now["sums"].to(device) + by_noise_level(losses, t, steps)
+        now["sums"] = now["sums"].to(device) + over_processes(by_noise_level(losses, t, steps))
         update_average(self.average, self.model, now["step"])
+
+def over_processes(tensor, operation="SUM"):
+    """The tensor's sum, or another of dist.ReduceOp, over the processes of this run."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+    return tensor
 
 @functools.lru_cache(maxsize=1)
 def epoch_order(seed, epoch, count):
@@ -729,28 +719,26 @@ def finish_epoch(trainer, images, labels, heldout):
     generate_visualizations(trainer.average, row["epoch"])
     draw_losses(now["history"])
     table = [row, *(past.values() for past in now["history"])]
-    text = "".join(",".join(map(str, line)) + "\n" for line in table)
-    atomic_write("training_log.csv", text.encode())
+    atomic_write("training_log.csv", "".join(",".join(map(str, x)) + "\n" for x in table).encode())
     trainer.save_epoch()
+    gc.collect()  # figures are cyclic and would keep their memory for a while
 
 def exit_if_asked(trainer, images, labels, stop):
     """Save and exit with 128 + the signal's number when there is one in the list `stop`."""
-    if stop:
-        if trainer.progress["position"]:
-            refresh_batch_norm(trainer.average, images, labels)
+    if number := over_processes(torch.tensor(max(stop, default=0)), "MAX").item():
+        refresh_batch_norm(trainer.average, images, labels)
         trainer.save("last")
-        print(f"stopped by {signal.Signals(stop[0]).name}, state saved in "
+        print(f"stopped by {signal.Signals(number).name}, state saved in "
               f"{checkpoint_path('last')}: run the same command again to go on", flush=True)
-        sys.exit(128 + stop[0])
+        sys.exit(128 + number)
 
 def train(trainer, images, labels, heldout, stop):
     """Run the epochs that are left. Exits, the state saved, when a signal is added to `stop`."""
     now, per_epoch = trainer.progress, len(images) // BATCH_SIZE * BATCH_SIZE
-    first = now["epoch"] * per_epoch + now["position"]
-    began, total = time.perf_counter(), EPOCHS * per_epoch
-    with tqdm(total=total, initial=first, unit=" images", smoothing=0, disable=None) as bar:
+    with tqdm(total=EPOCHS * per_epoch, initial=now["epoch"] * per_epoch + now["position"],
+              unit=" images", smoothing=0, disable=RANK > 0 or None) as bar:
         while now["epoch"] < EPOCHS:
-            epoch_began, position = time.perf_counter(), now["position"]
+            began, position = time.perf_counter(), now["position"]
             bar.set_description(f"epoch {now['epoch'] + 1}/{EPOCHS}")
             while now["position"] + BATCH_SIZE <= len(images):
                 trainer.step(images, labels)
@@ -759,20 +747,18 @@ def train(trainer, images, labels, heldout, stop):
                     bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
                 bar.update(BATCH_SIZE)
                 exit_if_asked(trainer, images, labels, stop)
-            rate = (per_epoch - position) / (time.perf_counter() - epoch_began)
+            rate = (per_epoch - position) / (time.perf_counter() - began)
             finish_epoch(trainer, images, labels, heldout)
-            done = now["epoch"] * per_epoch
-            left = (time.perf_counter() - began) / max(1, done - first) * (total - done)
             row, best = now["history"][-1], " (best)" * (now["best_epoch"] == now["epoch"])
+            seconds = time.perf_counter() - began
             bar.write(f"epoch {now['epoch']}/{EPOCHS}: loss {row['train_loss']:.4f}, held out "
-                      f"{row['heldout_loss']:.4f}{best}, {rate:.0f} images/s, "
-                      f"{time.perf_counter() - epoch_began:.0f} s, {left / 60:.0f} min left")
+                      f"{row['heldout_loss']:.4f}{best}, {rate:.0f} images/s, {seconds:.0f} s, "
+                      f"{(EPOCHS - now['epoch']) * seconds / 60:.0f} min left")
             sys.stdout.flush()
             exit_if_asked(trainer, images, labels, stop)
 
 # ---- main --------------------------------------------------------------------------------------
-# Each constant's default, with which README.md's results were measured, and what is allowed: the
-# least and greatest number, or a tuple of choices.
+# Each constant's default, and what is allowed: the least and greatest number, or the choices
 ALLOWED = {
     "EPOCHS": (150, 1, 1e6), "BATCH_SIZE": (128, 2, 1e5), "LEARNING_RATE": (2e-3, 1e-9, 10),
     "MUON_LEARNING_RATE": (0.02, 1e-9, 10), "WARMUP_STEPS": (200, 1, 1e6),
@@ -780,10 +766,10 @@ ALLOWED = {
     "LABEL_DROPOUT": (0.1, 0, 0.99), "EMA_GAMMA": (16.0, 0, 1e6), "SEED": (0, 0, 1e9),
     "IMG_SIZE": (28, 16, 64), "PATCH_SIZE": (2, 1, 4), "CHANNELS": ((64, 96, 112), 1, 1e4),
     "BLOCKS": ((1, 1, 1), 0, 100), "EMBEDDING_DIM": (256, 1, 1e5),
-    "ATTENTION_HEAD_DIM": (28, 1, 1e4),
-    "NUM_DIFFUSION_STEPS": (100, 2, 1e5), "BETA_SCHEDULE": ("cosine", ("cosine", "linear")),
-    "BETA_START": (1e-4, 1e-9, 1), "BETA_END": (0.02, 1e-9, 1), "SAMPLING_STEPS": (20, 1, 1e5),
-    "SAMPLING_ETA": (0.0, 0, 1), "GUIDANCE_SCALE": (1.25, 0, 100), "RESUME": (True, (True, False)),
+    "ATTENTION_HEAD_DIM": (28, 1, 1e4), "NUM_DIFFUSION_STEPS": (100, 2, 1e5),
+    "BETA_SCHEDULE": ("cosine", ("cosine", "linear")), "BETA_START": (1e-4, 1e-9, 1),
+    "BETA_END": (0.02, 1e-9, 1), "SAMPLING_STEPS": (20, 1, 1e5), "SAMPLING_ETA": (0.3, 0, 1),
+    "GUIDANCE_SCALE": (1.25, 0, 100), "RESUME": (True, (True, False)),
     "PRECISION": ("auto", ("auto", "bf16", "fp32")), "CHECKPOINT_EVERY": (10, 1, 1e6),
     "PICTURE_COLUMNS": (10, 2, 100)}
 
@@ -806,8 +792,7 @@ def check_constants():
     if not wrong and not len(BLOCKS) == len(CHANNELS) in (1, 2, 3, 4):
         wrong.append(f"BLOCKS must have as many entries as CHANNELS, 1 to 4, got {BLOCKS!r}")
     elif not wrong and CHANNELS[-1] % ATTENTION_HEAD_DIM:
-        wrong.append(f"ATTENTION_HEAD_DIM must divide {CHANNELS[-1]}, the last of CHANNELS, got "
-                     f"{ATTENTION_HEAD_DIM}")
+        wrong.append(f"ATTENTION_HEAD_DIM must divide {CHANNELS}[-1], got {ATTENTION_HEAD_DIM}")
     if wrong:
         raise UserError("; ".join(wrong))
     alphas_cumprod()  # checks BETA_START and BETA_END together
@@ -831,15 +816,13 @@ def hold_folder():
         except OSError as error:
             raise UserError(f"another run holds {Path.cwd()}: {path.read_text()}. Wait for it, "
                             "stop it, or run in another folder") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()} since {time.ctime()}")
-        file.flush()
+        path.write_text(f"process {os.getpid()} on {platform.node()} since {time.ctime()}")
         yield
 
 def report(model, folder, images, heldout):
     """Say what will be done. Raises UserError when the disk is too small for it."""
     (parameters, flops), device = model_size(model), model.abar.device
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    chip = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     changed = [f"{name} = {globals()[name]!r}" for name, (default, *_) in ALLOWED.items()
                if globals()[name] != default]
     print(f"device     {device} ({chip}), {precision(device)}, {torch.get_num_threads()} threads, "
@@ -858,16 +841,21 @@ def report(model, folder, images, heldout):
 
 def run(stop):
     """Data, model, resume, training, final pictures."""
-    device, folder = pick_device(), find_data()
+    found = [RANK == 0 and (find_data(), newest_checkpoint(model_constants()))]
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(found)  # waits for the first process, which may download
+    device, folder, (path, state) = pick_device(), find_data(), found[0][1]
     images, labels = (part.to(device) for part in load_fashion_mnist("train", folder))
     heldout = [part.to(device) for part in load_fashion_mnist("test", folder)]
-    if BATCH_SIZE > len(images):
-        raise UserError(f"BATCH_SIZE must be at most the {len(images)} images, got {BATCH_SIZE}")
-    trainer = Trainer(device)
+    if BATCH_SIZE > len(images) or BATCH_SIZE % WORLD_SIZE:
+        raise UserError(f"BATCH_SIZE must be at most the {len(images)} images, and a multiple of "
+                        f"the {WORLD_SIZE} processes, got {BATCH_SIZE}")
+    now = (trainer := Trainer(device)).progress
     report(trainer.model, folder, images, heldout[0])
-    now, (path, state) = trainer.progress, newest_checkpoint(trainer.model.constants)
     if path:
-        trainer.load_state_dict(state)
+        now.update(state["progress"])
+        for name in TRAINED:
+            getattr(trainer, name).load_state_dict(state[name])
         print(f"resuming   {path}: {now['epoch']} epochs and {now['position']} images of the next "
               "are done (RESUME = False starts anew)", flush=True)
         if now["position"] == 0:
@@ -884,14 +872,25 @@ def main():
     stop = []
 
     def remember(number, _frame):
-        if stop:
+        if stop and WORLD_SIZE == 1:  # torchrun repeats the terminal's
             raise KeyboardInterrupt  # asked twice: at once
         stop.append(number)
-    with contextlib.ExitStack() as stack, hold_folder():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()) if RANK else hold_folder())
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, remember))
-        run(stop)
+        if WORLD_SIZE == 1:
+            return run(stop)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()  # NCCL between GPUs, gloo between CPUs
+        stack.callback(dist.destroy_process_group)
+        try:
+            run(stop)
+        except RuntimeError as error:
+            raise UserError(f"process {RANK} of {WORLD_SIZE} failed or lost another ({error}). Run "
+                            "the same command again to go on from the last epoch") from error
 
 if __name__ == "__main__":
     try:

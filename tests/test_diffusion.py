@@ -182,14 +182,19 @@ def test_deterministic_sampling_is_diffusers_second_order_dpm_solver(kind, steps
 
 
 @pytest.mark.parametrize("eta, steps", [(1.0, 100), (1.0, 10), (0.5, 10)])
-def test_random_sampling_adds_fresh_noise_to_ddims_steps(eta, steps):
+def test_random_sampling_adds_fresh_noise_to_the_solvers_steps(eta, steps):
     labels = torch.arange(10)
     frames, _ = frames_of(Predictor(wavy), labels, steps=steps, eta=eta)
     abar = oracle(DDPMScheduler, "cosine", 100).alphas_cumprod.double()
-    noises = []
+    noises, before = [], None
     for (t, x_t), (t_next, x_next) in zip(frames, frames[1:-1]):  # the last step adds none
         x_start = wavy(x_t, torch.full_like(labels, t), labels).clamp(-1, 1)
         a, a_next = abar[t], abar[t_next]
+        now, then = (b.sqrt().log() - (1 - b).sqrt().log() for b in (a, a_next))
+        previous, before = before, (now, x_start)
+        if eta < 1 and previous:    # second order: x_start half a step further on its way
+            slope = (x_start - previous[1]) / (now - previous[0])
+            x_start = x_start + slope * (then - now) / 2
         std = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
         direction = (x_t - a.sqrt() * x_start) / (1 - a).sqrt()
         mean = a_next.sqrt() * x_start + (1 - a_next - std**2).sqrt() * direction

@@ -1,0 +1,205 @@
+"""Real processes: killed at any moment, out of disk space, and several of them on one run."""
+
+import csv
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, set_tiny
+from PIL import Image
+from test_training import checkpoint, same
+
+import script_unet
+from script_unet import UserError, main, read_checkpoint
+
+KILLS = 12
+LONG = ["EPOCHS = 24", "CHECKPOINT_EVERY = 5", "PICTURE_COLUMNS = 2", "note_memory()"]
+
+
+def start(folder, *lines, processes=1):
+    """A process, in that folder, that runs main() with tiny constants and these lines."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen(
+        [sys.executable, *torchrun * (processes > 1), str(ROOT / "tests" / "tiny_run.py"), *lines],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])})
+
+
+def finish(process):
+    """(exit status, standard output, standard error) once the process has ended."""
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def losses(folder):
+    """The rows of training_log.csv, as numbers."""
+    with open(Path(folder, "training_log.csv")) as file:
+        return [[float(value) for value in row] for row in list(csv.reader(file))[1:]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder of a long undisturbed run."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    status, _, err = finish(start(folder, *LONG))
+    assert status == 0, err
+    return folder
+
+
+def test_run_killed_a_dozen_times_ends_as_the_undisturbed_one(undisturbed, tmp_path):
+    draw, kills = random.Random(0), 0
+    while kills < KILLS:
+        process = start(tmp_path, *LONG)
+        for line in process.stdout:     # until the model is built
+            if line.startswith("outputs"):
+                break
+        time.sleep(draw.uniform(0, 1))
+        process.send_signal(signal.SIGKILL)
+        status, _, err = finish(process)
+        assert status in (0, -signal.SIGKILL), err
+        if status == 0:     # too quick for that many kills
+            break
+        kills += 1
+    print(f"{kills} kills")
+    status, _, err = finish(start(tmp_path, *LONG))
+    assert status == 0, err
+    assert kills >= 3
+    for path in undisturbed.rglob("*"):
+        mine = tmp_path / path.relative_to(undisturbed)
+        if path.suffix == ".pt":
+            assert same(read_checkpoint(mine), read_checkpoint(path)), mine
+        elif path.suffix in (".png", ".gif", ".csv"):
+            assert mine.read_bytes() == path.read_bytes(), mine
+    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {
+        path.name for path in undisturbed.iterdir() if not path.name.startswith(".")}
+
+
+def test_memory_does_not_grow_over_twenty_epochs(undisturbed):
+    resident = [int(line) for line in (undisturbed / "memory").read_text().split()]
+    assert len(resident) == 24 and resident[-1] - resident[3] < 10e6
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs a limit of file sizes")
+@pytest.mark.parametrize("limit, columns, kind", [(20000, 10, "png"), (100000, 2, "pt")])
+def test_full_disk_leaves_the_last_files_and_a_run_that_goes_on(
+        tmp_path, monkeypatch, limit, columns, kind):
+    # The kernel refuses what is written beyond the limit, as it does on a full disk
+    set_tiny(monkeypatch, tmp_path, EPOCHS=1, PICTURE_COLUMNS=columns)
+    main()
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()
+              and not path.name.endswith(".lock")}
+    monkeypatch.setattr(script_unet, "EPOCHS", 2)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(UserError, match=rf"cannot write .*{kind} .*too large"):
+            main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert all(path.read_bytes() == content for path, content in before.items()
+               if path.name != "training_loss.png")
+    assert not [path for path in Path().rglob("*.writing")]
+    main()
+    assert read_checkpoint(checkpoint("last"))["progress"]["epoch"] == 2
+
+
+def test_reader_that_polls_never_meets_half_a_file(tmp_path, monkeypatch):
+    set_tiny(monkeypatch, tmp_path, EPOCHS=4, PICTURE_COLUMNS=2)
+    done, seen, broken = threading.Event(), [], []
+
+    def poll():
+        while not done.is_set():
+            for path in [*Path().rglob("*.png"), *Path().glob("*.pt")]:
+                try:
+                    if path.suffix == ".pt":
+                        read_checkpoint(path)
+                    else:
+                        with Image.open(path) as image:
+                            image.load()
+                    seen.append(path)
+                except Exception as error:
+                    broken.append((path, error))
+
+    reader = threading.Thread(target=poll)
+    reader.start()
+    try:
+        main()
+    finally:
+        done.set()
+        reader.join()
+    assert not broken and {Path("training_loss.png"), checkpoint("last")} <= set(seen)
+
+
+def test_lock_of_a_dead_process_does_not_block(tmp_path):
+    process = start(tmp_path, "EPOCHS = 1", "kill_at(3, 0)")
+    assert finish(process)[0] == -signal.SIGKILL
+    status, _, err = finish(start(tmp_path, "EPOCHS = 1", "PICTURE_COLUMNS = 2"))
+    assert status == 0, err
+
+
+# Several processes
+
+TWO = ["EPOCHS = 3", "PICTURE_COLUMNS = 2", "DROPOUT = 0.0"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The rows of the log of one process, each image normalised on its own."""
+    folder = tmp_path_factory.mktemp("alone")
+    status, _, err = finish(start(folder, *TWO, "without_batch_statistics()"))
+    assert status == 0, err
+    return losses(folder)
+
+
+def test_two_processes_train_as_one_does(alone, tmp_path):
+    status, out, err = finish(start(tmp_path, *TWO, "without_batch_statistics()", processes=2))
+    assert status == 0, err
+    torch.testing.assert_close(losses(tmp_path), alone, rtol=1e-3, atol=0)
+    assert out.count("epoch 3/3") == out.count("finished") == 1     # one of them speaks
+
+
+def test_two_processes_with_batch_statistics_of_their_own_train_nearly_as_one_does(tmp_path):
+    logs = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        status, _, err = finish(start(folder, *TWO, processes=processes))
+        assert status == 0, err
+        logs.append(losses(folder))
+    torch.testing.assert_close(*logs, rtol=0.05, atol=0)
+    assert logs[0] != logs[1]
+
+
+def test_killed_worker_ends_the_job_and_one_process_goes_on(alone, tmp_path):
+    lines = [*TWO, "without_batch_statistics()"]
+    status, _, err = finish(start(tmp_path, *lines, "kill_at(9, 1)", processes=2))
+    assert status not in (0, None)
+    assert "lost another" in err and "Run the same command again" in err
+    assert read_checkpoint(checkpoint("last", tmp_path))["progress"]["epoch"] == 1
+    status, out, err = finish(start(tmp_path, *lines))
+    assert status == 0 and "resuming" in out, err
+    torch.testing.assert_close(losses(tmp_path), alone, rtol=1e-3, atol=0)
+
+
+def test_two_processes_stop_together_in_the_middle_of_an_epoch_and_go_on(alone, tmp_path):
+    lines = [*TWO, "without_batch_statistics()"]
+    status, out, err = finish(start(tmp_path, *lines, "kill_at(9, 1, signal.SIGTERM)", processes=2))
+    assert status not in (0, None) and out.count("stopped by SIGTERM") == 1, err
+    assert read_checkpoint(checkpoint("last", tmp_path))["progress"]["step"] == 9
+    status, out, err = finish(start(tmp_path, *lines, processes=2))
+    assert status == 0 and "resuming" in out, err
+    torch.testing.assert_close(losses(tmp_path), alone, rtol=1e-3, atol=0)
+
+
+def test_batch_that_does_not_divide_among_the_processes_is_refused(tmp_path):
+    status, _, err = finish(start(tmp_path, *TWO, "BATCH_SIZE = 33", processes=2))
+    assert status not in (0, None) and "BATCH_SIZE must be" in err and "2 processes" in err

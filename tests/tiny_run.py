@@ -1,0 +1,64 @@
+"""What `python script_unet.py` does, with the tests' constants: for tests that kill processes.
+
+    python tests/tiny_run.py 'EPOCHS = 3' 'fail_at(9)'
+
+Each argument is Python, executed before main() where script_unet's names are in reach.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from conftest import DATA, TINY
+
+import script_unet
+
+
+def without_batch_statistics():
+    """Have each image normalised on its own: the processes' shares then do not matter at all."""
+    class Norm(torch.nn.GroupNorm):
+        def __init__(self, channels):
+            super().__init__(1, channels)
+
+        def reset_running_stats(self):
+            pass
+
+    script_unet.nn.BatchNorm2d = Norm
+
+
+def kill_at(step, rank, number=signal.SIGKILL):
+    """Have that process receive the signal before its training step of that number."""
+    inner = script_unet.Trainer.step
+
+    def outer(trainer, *args):
+        if trainer.progress["step"] + 1 == step and script_unet.RANK == rank:
+            os.kill(os.getpid(), number)
+        inner(trainer, *args)
+
+    script_unet.Trainer.step = outer
+
+
+def note_memory():
+    """Have resident memory in bytes, a line an epoch, written to the file "memory"."""
+    inner = script_unet.finish_epoch
+
+    def outer(*args):
+        inner(*args)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        with open("memory", "a") as file:
+            print(pages * os.sysconf("SC_PAGE_SIZE"), file=file)
+
+    script_unet.finish_epoch = outer
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)    # so small a model is faster so
+    vars(script_unet).update(TINY)
+    for line in sys.argv[1:]:
+        exec(line, globals(), vars(script_unet))
+    try:
+        script_unet.main()
+    except script_unet.UserError as error:
+        sys.exit(f"script_unet.py: {error}")
