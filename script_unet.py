@@ -362,7 +362,7 @@ def posterior(x_start, x_t, abar_t, abar_next, eta=1.0):
 
 def precision(device):
     """PRECISION or, for "auto", "bf16" where the hardware, not an emulation, multiplies in it."""
-    cpu = torch.cpu.get_capabilities()
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older versions have none
     fast = {"cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(),
             "cpu": cpu.get("avx512_bf16") or cpu.get("amx_bf16")}
     return PRECISION if PRECISION != "auto" else "bf16" if fast.get(device.type) else "fp32"

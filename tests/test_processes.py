@@ -88,28 +88,27 @@ def test_memory_does_not_grow_over_twenty_epochs(undisturbed):
     assert len(resident) == 24 and resident[-1] - resident[3] < 10e6
 
 
-@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs a limit of file sizes")
-@pytest.mark.parametrize("limit, columns, kind", [(20000, 10, "png"), (100000, 2, "pt")])
+@pytest.mark.parametrize("epochs, kind", [(0, "png"), (1, "pt")])
 def test_full_disk_leaves_the_last_files_and_a_run_that_goes_on(
-        tmp_path, monkeypatch, limit, columns, kind):
-    # The kernel refuses what is written beyond the limit, as it does on a full disk
-    set_tiny(monkeypatch, tmp_path, EPOCHS=1, PICTURE_COLUMNS=columns)
-    main()
-    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()
+        tmp_path, monkeypatch, epochs, kind):
+    set_tiny(monkeypatch, tmp_path, EPOCHS=1)
+    if epochs:
+        main()
+    before = {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()
               and not path.name.endswith(".lock")}
-    monkeypatch.setattr(script_unet, "EPOCHS", 2)
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    monkeypatch.setattr(script_unet, "EPOCHS", epochs + 1)
+    # The kernel refuses what is written beyond the limit, as it does on a full disk
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, hard))
     try:
         with pytest.raises(UserError, match=rf"cannot write .*{kind} .*too large"):
             main()
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    assert all(path.read_bytes() == content for path, content in before.items()
-               if path.name != "training_loss.png")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert all(path.read_bytes() == content for path, content in before.items())
     assert not [path for path in Path().rglob("*.writing")]
     main()
-    assert read_checkpoint(checkpoint("last"))["progress"]["epoch"] == 2
+    assert read_checkpoint(checkpoint("last"))["progress"]["epoch"] == epochs + 1
 
 
 def test_reader_that_polls_never_meets_half_a_file(tmp_path, monkeypatch):
