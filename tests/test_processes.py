@@ -20,7 +20,6 @@ from test_training import checkpoint, same
 import script_unet
 from script_unet import UserError, main, read_checkpoint
 
-KILLS = 12
 LONG = ["EPOCHS = 24", "CHECKPOINT_EVERY = 5", "PICTURE_COLUMNS = 2", "note_memory()"]
 
 
@@ -56,23 +55,18 @@ def undisturbed(tmp_path_factory):
 
 
 def test_run_killed_a_dozen_times_ends_as_the_undisturbed_one(undisturbed, tmp_path):
-    draw, kills = random.Random(0), 0
-    while kills < KILLS:
+    draw = random.Random(0)
+    for _ in range(12):
         process = start(tmp_path, *LONG)
         for line in process.stdout:     # until the model is built
             if line.startswith("outputs"):
                 break
-        time.sleep(draw.uniform(0, 1))
+        time.sleep(draw.uniform(0, 0.8))    # about an epoch: in steps, pictures and saves
         process.send_signal(signal.SIGKILL)
         status, _, err = finish(process)
-        assert status in (0, -signal.SIGKILL), err
-        if status == 0:     # too quick for that many kills
-            break
-        kills += 1
-    print(f"{kills} kills")
+        assert status == -signal.SIGKILL, err
     status, _, err = finish(start(tmp_path, *LONG))
     assert status == 0, err
-    assert kills >= 3
     for path in undisturbed.rglob("*"):
         mine = tmp_path / path.relative_to(undisturbed)
         if path.suffix == ".pt":
@@ -174,7 +168,7 @@ def test_two_processes_with_batch_statistics_of_their_own_train_nearly_as_one_do
         status, _, err = finish(start(folder, *TWO, processes=processes))
         assert status == 0, err
         logs.append(losses(folder))
-    torch.testing.assert_close(*logs, rtol=0.05, atol=0)
+    torch.testing.assert_close(*logs, rtol=1e-2, atol=0)
     assert logs[0] != logs[1]
 
 
