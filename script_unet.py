@@ -76,9 +76,10 @@ CHECKPOINT_PREFIX = "fashion_mnist_diffusion"  # what the checkpoints' names sta
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
                "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 NUM_CLASSES = len(CLASS_NAMES)  # labels 0 ... 9; label 10 is the null class: any of them
-MODEL_CONSTANTS = ("IMG_SIZE", "NUM_CLASSES", "PATCH_SIZE", "CHANNELS", "BLOCKS", "EMBEDDING_DIM",
-                   "ATTENTION_HEAD_DIM", "NUM_DIFFUSION_STEPS", "BETA_SCHEDULE", "BETA_START",
-                   "BETA_END")  # what a trained model cannot do without
+FORMAT = 2  # of the checkpoints, raised when weights of an older version no longer fit
+MODEL_CONSTANTS = ("FORMAT", "IMG_SIZE", "NUM_CLASSES", "PATCH_SIZE", "CHANNELS", "BLOCKS",
+                   "EMBEDDING_DIM", "ATTENTION_HEAD_DIM", "NUM_DIFFUSION_STEPS", "BETA_SCHEDULE",
+                   "BETA_START", "BETA_END")  # what a trained model cannot do without
 # Set by torchrun: this process's number among all, and how many there are
 RANK, WORLD_SIZE = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
 

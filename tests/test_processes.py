@@ -1,6 +1,7 @@
 """Real processes: killed at any moment, out of disk space, and several of them on one run."""
 
 import csv
+import functools
 import os
 import random
 import resource
@@ -47,11 +48,17 @@ def losses(folder):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The folder of a long undisturbed run."""
+    """A function that waits for the end of a long undisturbed run and returns its folder."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    status, _, err = finish(start(folder, *LONG))
-    assert status == 0, err
-    return folder
+    process = start(folder, *LONG)
+
+    @functools.cache
+    def wait():
+        status, _, err = finish(process)
+        assert status == 0, err
+        return folder
+
+    return wait
 
 
 def test_run_killed_a_dozen_times_ends_as_the_undisturbed_one(undisturbed, tmp_path):
@@ -67,18 +74,19 @@ def test_run_killed_a_dozen_times_ends_as_the_undisturbed_one(undisturbed, tmp_p
         assert status == -signal.SIGKILL, err
     status, _, err = finish(start(tmp_path, *LONG))
     assert status == 0, err
-    for path in undisturbed.rglob("*"):
-        mine = tmp_path / path.relative_to(undisturbed)
+    expected = undisturbed()
+    for path in expected.rglob("*"):
+        mine = tmp_path / path.relative_to(expected)
         if path.suffix == ".pt":
             assert same(read_checkpoint(mine), read_checkpoint(path)), mine
         elif path.suffix in (".png", ".gif", ".csv"):
             assert mine.read_bytes() == path.read_bytes(), mine
     assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {
-        path.name for path in undisturbed.iterdir() if not path.name.startswith(".")}
+        path.name for path in expected.iterdir() if not path.name.startswith(".")}
 
 
 def test_memory_does_not_grow_over_twenty_epochs(undisturbed):
-    resident = [int(line) for line in (undisturbed / "memory").read_text().split()]
+    resident = [int(line) for line in (undisturbed() / "memory").read_text().split()]
     assert len(resident) == 24 and resident[-1] - resident[3] < 10e6
 
 
@@ -132,6 +140,14 @@ def test_reader_that_polls_never_meets_half_a_file(tmp_path, monkeypatch):
     assert not broken and {Path("training_loss.png"), checkpoint("last")} <= set(seen)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_process_says_how_to_go_on_and_ends_with_the_signals_status(tmp_path, number):
+    status, out, err = finish(start(tmp_path, f"kill_at(3, 0, {int(number)})"))
+    assert status == 128 + number and "Traceback" not in err
+    assert f"stopped by {number.name}" in out and "run the same command again" in out
+    assert read_checkpoint(checkpoint("last", tmp_path))["progress"]["step"] == 3
+
+
 def test_lock_of_a_dead_process_does_not_block(tmp_path):
     process = start(tmp_path, "EPOCHS = 1", "kill_at(3, 0)")
     assert finish(process)[0] == -signal.SIGKILL
@@ -161,15 +177,16 @@ def test_two_processes_train_as_one_does(alone, tmp_path):
 
 
 def test_two_processes_with_batch_statistics_of_their_own_train_nearly_as_one_does(tmp_path):
-    logs = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
         folder.mkdir()
-        status, _, err = finish(start(folder, *TWO, processes=processes))
+    jobs = [start(folder, *TWO, processes=n) for n, folder in enumerate(folders, start=1)]
+    for job in jobs:
+        status, _, err = finish(job)
         assert status == 0, err
-        logs.append(losses(folder))
-    torch.testing.assert_close(*logs, rtol=1e-2, atol=0)
-    assert logs[0] != logs[1]
+    one, two = map(losses, folders)
+    torch.testing.assert_close(two, one, rtol=1e-2, atol=0)
+    assert two != one
 
 
 def test_killed_worker_ends_the_job_and_one_process_goes_on(alone, tmp_path):

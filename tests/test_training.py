@@ -268,6 +268,15 @@ def test_checkpoint_of_another_model_is_refused_by_the_constants_name(run, monke
     assert checkpoint("last").read_bytes() == before
 
 
+def test_checkpoint_of_an_older_version_is_refused(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(script_unet, "FORMAT", 1)
+        patch.setattr(script_unet, "EPOCHS", 1)
+        run()
+    with pytest.raises(UserError, match=r"FORMAT was 1, is \d+.*RESUME"):
+        run()
+
+
 def test_second_run_in_the_folder_is_refused(run, monkeypatch):
     monkeypatch.setattr(script_unet, "EPOCHS", 1)
     before_step(monkeypatch, 3, main)
