@@ -1,8 +1,8 @@
 """What `python script_unet.py` does, with the tests' constants: for tests that kill processes.
 
-    python tests/tiny_run.py 'EPOCHS = 3' 'fail_at(9)'
+    python tests/tiny_run.py 'EPOCHS = 3' 'kill_at(9, 0)'
 
-Each argument is Python, executed before main() where script_unet's names are in reach.
+Each argument is Python, executed before main(): a constant to set, or a call of what is defined here.
 """
 
 import os
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import DATA, TINY
+from conftest import TINY
 
 import script_unet
 
