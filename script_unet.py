@@ -18,6 +18,7 @@ Notation: x_start is a clean image, float (B, 1, H, W) in [-1, 1]; t (B,) is a s
 [7] Shen et al., Efficient Attention: Attention with Linear Complexities, arXiv:1812.01243
 [8] Karras et al., Analyzing and Improving the Training Dynamics (EMA), arXiv:2312.02696
 [9] Liu et al., Muon is Scalable for LLM Training, arXiv:2502.16982
+[10] Karras et al., Guiding a Diffusion Model with a Bad Version of Itself, arXiv:2406.02507
 """
 import contextlib, copy, ctypes, functools, gc, gzip, hashlib, io, math, os, platform
 import shutil, signal, sys, tempfile, time, zlib
@@ -40,10 +41,10 @@ BATCH_SIZE = 128            # images per optimizer step
 LEARNING_RATE = 2e-3        # AdamW's peak, after WARMUP_STEPS; falls linearly to 0 over EPOCHS
 MUON_LEARNING_RATE = 0.02   # the same for the convolutions, whose updates are orthogonal [9]
 WARMUP_STEPS = 200          # optimizer steps; the batch statistics and moments settle first
-WEIGHT_DECAY = 0.01         # decoupled, of both optimizers
+WEIGHT_DECAY = 0.1          # decoupled, of both optimizers
 GRADIENT_CLIP = 1.0         # largest L2 norm of the whole gradient
 DROPOUT = 0.0               # probability in each residual block; 60,000 images need none
-LABEL_DROPOUT = 0.1         # share of labels replaced by the null class, for guidance [5]
+LABEL_DROPOUT = 0.1         # share of labels replaced by the null class, any of them [5]
 EMA_GAMMA = 16.0            # power of the weight average [8]: it lags 1/18 of the steps so far
 SEED = 0                    # all randomness of a step is a function of SEED and the step
 # Data
@@ -64,7 +65,7 @@ BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled b
 # Sampling
 SAMPLING_STEPS = 20         # of the T steps; more are slower and hardly better
 SAMPLING_ETA = 0.3          # share of DDPM's noise: 0: deterministic [6]; 1: ancestral [1, 3]
-GUIDANCE_SCALE = 1.25       # 1: none, half the cost; above: more typical, less varied images
+GUIDANCE_SCALE = 2.0        # 1: none, half the cost; above: further away from a weaker model [10]
 # Machine and output, in the working directory
 PRECISION = "auto"          # "auto": bf16 where the hardware computes in it; or "bf16", "fp32"
 RESUME = True               # go on from the newest checkpoint; False sets older ones aside
@@ -261,8 +262,7 @@ class SelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, heads, N, d)
         context = k.softmax(-2).to(v.dtype).transpose(-1, -2) @ v           # (B, heads, d, d)
         mixed = (q.softmax(-1).to(v.dtype) @ context).transpose(1, 2)       # (B, N, heads, d)
-        mixed = self.out(mixed.reshape(b, h * w, c))                        # (B, N, C)
-        return x + mixed.view(b, h, w, c).permute(0, 3, 1, 2)               # (B, C, H, W)
+        return x + self.out(mixed.reshape(b, h, w, c)).permute(0, 3, 1, 2)  # (B, C, H, W)
 
 # ---- The model ---------------------------------------------------------------------------------
 class FashionMNISTUNetDenoiser(nn.Module):
@@ -274,16 +274,15 @@ class FashionMNISTUNetDenoiser(nn.Module):
         self.constants = c = {**model_constants(), **(constants or {})}
         channels, blocks, dim = c["CHANNELS"], c["BLOCKS"], c["EMBEDDING_DIM"]
         self.register_buffer("abar", alphas_cumprod(c), persistent=False)
+        self.guide = (self,)  # what guidance leads away from, in a tuple: not a part of this
         self.time_mlp = nn.Sequential(nn.Linear(64, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.class_embedding = nn.Embedding(c["NUM_CLASSES"] + 1, dim)
         nn.init.normal_(self.class_embedding.weight, std=0.5)
-        # From fine to coarse: the pixels, their patches, then halves of halves
         widths, patches, top = (1, *channels), (c["PATCH_SIZE"], 2, 2, 2), len(channels) - 1
         self.downs = nn.ModuleList(Down(widths[i], widths[i + 1], patches[i], blocks[i], dim,
                                         dropout) for i in range(top + 1))
         self.attention = SelfAttention(channels[top], c["ATTENTION_HEAD_DIM"])
-        self.middle = nn.ModuleList(ResBlock(channels[top], dim, dropout)
-                                    for _ in range(blocks[top]))
+        self.middle = nn.ModuleList(ResBlock(channels[-1], dim, dropout) for _ in range(blocks[-1]))
         self.ups = nn.ModuleList(Up(channels[i + 1], channels[i], 2, blocks[i], dim, dropout)
                                  for i in reversed(range(top)))
         self.norm = nn.BatchNorm2d(channels[0])
@@ -336,8 +335,7 @@ def noise_schedule(steps, kind, beta_start=1e-4, beta_end=0.02):
 def alphas_cumprod(constants=None):
     """abar (T,), float32: the share of x_start's variance that is left in x_t, [1] eq. 4."""
     c = constants or model_constants()
-    betas = noise_schedule(*(c[name] for name in MODEL_CONSTANTS[-4:]))
-    return (1 - betas).cumprod(0).float()
+    return (1 - noise_schedule(*(c[name] for name in MODEL_CONSTANTS[-4:]))).cumprod(0).float()
 
 def q_sample(x_start, t, noise=None, abar=None):
     """x_t ~ q(x_t | x_start), [1] eq. 4: sqrt(abar_t) x_start + sqrt(1 - abar_t) noise.
@@ -353,13 +351,11 @@ def x_start_from_v(x_t, t, v, abar):
     return a.sqrt() * x_t - (1 - a).sqrt() * v
 
 def posterior(x_start, x_t, abar_t, abar_next, eta=1.0):
-    """Mean (B, 1, H, W) and standard deviation (float) of q(x_next | x_t, x_start).
-    [3] eq. 7 and 16; abar_next = 1 for the image itself. eta = 1 between neighbouring steps is
-    DDPM's posterior, [1] eq. 7; eta = 0 is deterministic."""
+    """Mean (B, 1, H, W) and standard deviation of q(x_next | x_t, x_start), [3] eq. 7 and 16.
+    abar_next is 1 for the image. eta: 1 is DDPM's, [1] eq. 7 for neighbours; 0 deterministic."""
     noise = (x_t - math.sqrt(abar_t) * x_start) / math.sqrt(1 - abar_t)
     std = eta * math.sqrt((1 - abar_next) / (1 - abar_t) * (1 - abar_t / abar_next))
-    mean = math.sqrt(abar_next) * x_start + math.sqrt(max(0, 1 - abar_next - std**2)) * noise
-    return mean, std
+    return math.sqrt(abar_next) * x_start + math.sqrt(max(0, 1 - abar_next - std**2)) * noise, std
 
 def precision(device):
     """PRECISION or, for "auto", "bf16" where the hardware, not an emulation, multiplies in it."""
@@ -369,12 +365,13 @@ def precision(device):
     return PRECISION if PRECISION != "auto" else "bf16" if fast.get(device.type) else "fp32"
 
 def predict_x_start(model, x_t, t, labels, guidance_scale=1.0):
-    """The model's x_start (B, 1, H, W), float32, not clipped; guided as in [5] eq. 6."""
+    """The model's x_start (B, 1, H, W), float32, not clipped. Guided, what the model
+    adds to its weaker guide is extrapolated ([5] eq. 6 with the guide of [10]). Both are clipped
+    first: where both overshoot they agree, and a difference would be grain in the background."""
     if guidance_scale != 1:
-        any_class = torch.full_like(labels, model.constants["NUM_CLASSES"])
-        given, free = predict_x_start(model, x_t.repeat(2, 1, 1, 1), t.repeat(2),
-                                      torch.cat([labels, any_class])).chunk(2)
-        return free + guidance_scale * (given - free)
+        weak, strong = (predict_x_start(part, x_t, t, labels).clamp(-1, 1)
+                        for part in (*model.guide, model))
+        return weak + guidance_scale * (strong - weak)
     with torch.autocast(t.device.type, torch.bfloat16, enabled=precision(t.device) == "bf16"):
         v = model(x_t.contiguous(memory_format=torch.channels_last), t, labels)
     return x_start_from_v(x_t, t, v.float(), model.abar)
@@ -390,8 +387,8 @@ def diffusion_loss(model, x_start, t, labels, noise):
 
 # ---- Sampling ----------------------------------------------------------------------------------
 @torch.no_grad()
-def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None, callback=None,
-           batch_size=500):
+def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
+           callback=lambda t, x_t: None, batch_size=500):
     """Images (N, 1, H, W) in [-1, 1] of the labels (N,), on the model's device.
     steps of the T, eta, guidance_scale and seed default to the constants. eta = 1 with steps = T
     is DDPM [1], eta = 0 the deterministic second-order solver [6], between: [6] with DDIM's noise.
@@ -402,17 +399,13 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None, 
     abar, size = model.abar.tolist() + [1.0], model.constants["IMG_SIZE"]
     labels = torch.as_tensor(labels, device=model.abar.device)
     streams = [generator("sample", seed, i) for i in range(len(labels))]
-
     def fresh_noise():  # a stream an image, on the CPU: the same on all machines, in any batch
-        noise = [torch.randn(1, size, size, generator=stream) for stream in streams]
-        return torch.stack(noise).to(labels.device)
-    if not streams:
-        return torch.empty(0, 1, size, size, device=labels.device)
+        noise = [torch.randn(1, 1, size, size, generator=stream) for stream in streams]
+        return torch.cat([torch.empty(0, 1, size, size), *noise]).to(labels.device)
     x_t, before = fresh_noise(), None
     visited = np.linspace(len(model.abar) - 1, 0, min(steps, len(model.abar))).round().astype(int)
     for t, t_next in zip(visited.tolist(), [*visited[1:], -1]):  # abar[-1] is 1, the image's
-        if callback:
-            callback(t, x_t)
+        callback(t, x_t)
         batches = zip(x_t.split(batch_size), labels.split(batch_size))
         x_start = torch.cat([predict_x_start(model, x, torch.full_like(y, t), y, scale)
                              for x, y in batches]).clamp(-1, 1)     # (N, 1, H, W)
@@ -425,8 +418,7 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None, 
             before = now, x_start
         x_t, std = posterior(estimate, x_t, abar[t], abar[t_next], eta)
         x_t = x_t + std * fresh_noise() if std > 0 else x_t
-    if callback:
-        callback(-1, x_t)
+    callback(-1, x_t)
     return x_t
 
 # ---- Averaged weights, and the held-out loss that judges them ----------------------------------
@@ -451,6 +443,16 @@ def refresh_batch_norm(model, images, labels, batches=20, batch_size=256):
         diffusion_loss(model, to_float(images[pick]), t, labels[pick], noise)
     model.eval()
 
+@torch.no_grad()
+def finish_average(trainer, images, labels):
+    """Make the averaged weights ready for sample(). In the first quarter of the epochs the guide
+    follows them, then it stays behind. It is told the class at four fifths of its strength."""
+    refresh_batch_norm(trainer.average, images, labels)
+    if 4 * trainer.progress["epoch"] < EPOCHS:
+        trainer.guide.load_state_dict(trainer.average.state_dict())
+        classes = trainer.guide.class_embedding.weight
+        classes[:-1].lerp_(classes[-1], 0.2)
+
 NOISE_LEVELS = ("early", "middle", "late")  # thirds of the steps, from little to much noise
 
 def by_noise_level(losses, t, steps):
@@ -474,9 +476,8 @@ def heldout_loss(model, images, labels, batch_size=500):
 
 # ---- Pictures ----------------------------------------------------------------------------------
 def atomic_write(path, data):
-    """Write bytes beside path, flush them to the disk, rename them over path.
-    Nobody ever meets half a file: what stood at path stays until the new one is whole. Raises
-    UserError, naming path, when it cannot be written. Of several processes, the first writes."""
+    """Write bytes beside path, flush them, rename them over path: nobody ever meets half a file.
+    Raises UserError when it cannot be written. Of several processes, the first writes."""
     if RANK:
         return
     path = Path(path)
@@ -518,7 +519,6 @@ def generate_visualizations(model, epoch, final=False):
     """Draw samples of each class, and how the first of each came out of noise: one fixed batch.
     Writes both PNGs of the epoch or, when final, the final samples and an animated GIF."""
     columns, names, frames = PICTURE_COLUMNS, [], []
-
     def watch(t, x_t):
         names.append("image" if t < 0 else f"t = {t}")
         frames.append(x_t[::columns].cpu())                         # (10, 1, H, W)
@@ -551,7 +551,7 @@ def draw_losses(history):
     save_figure(figure, "training_loss.png")
 
 # ---- Checkpoints -------------------------------------------------------------------------------
-TRAINED = ("model", "average", "muon", "adamw")  # what a Trainer has and a checkpoint holds
+TRAINED = ("model", "average", "guide", "muon", "adamw")  # a Trainer's, and a checkpoint's
 
 def checkpoint_path(what):  # "last", "best_model" or "epoch_10"
     return Path(f"{CHECKPOINT_PREFIX}_{what}.pt")
@@ -560,8 +560,9 @@ def read_checkpoint(path):
     """The checked state in a file, executing nothing. Raises UserError, naming a bad file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        state.setdefault("guide", state["average"])  # older versions had none
         [state[name].keys() for name in ("constants", *TRAINED)], state["progress"]["step"] + 0
-        for name, value in [*state["model"].items(), *state["average"].items()]:
+        for name, value in (item for part in TRAINED[:3] for item in state[part].items()):
             if not value.isfinite().all():
                 raise ValueError(f"{name} is not finite")
     except Exception as error:  # torch.load raises whatever the bytes suggest to it
@@ -570,15 +571,18 @@ def read_checkpoint(path):
     return state
 
 def load_denoiser(path, device=None):
-    """The averaged model of a checkpoint, in eval mode, ready for sample(). Raises UserError."""
+    """A checkpoint's averaged model and guide, in eval mode, for sample(). Raises UserError."""
     state = read_checkpoint(path)
     try:
-        model = FashionMNISTUNetDenoiser(state["constants"])
-        model.load_state_dict(state["average"])
+        model, guide = both = [FashionMNISTUNetDenoiser(state["constants"]) for _ in range(2)]
+        for part, name in zip(both, ("average", "guide")):
+            part.load_state_dict(state[name])
+            part.to(device or pick_device(), memory_format=torch.channels_last)
+            part.eval().requires_grad_(False)
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path} does not fit this script's model: {error}") from error
-    model = model.to(device or pick_device(), memory_format=torch.channels_last)
-    return model.eval().requires_grad_(False)
+    model.guide = (guide,)
+    return model
 
 def newest_checkpoint(constants):
     """(path, state) of the newest whole checkpoint, path None for none; sets damaged ones aside.
@@ -616,7 +620,7 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD
 
 class Trainer:
-    """The weights, their average, the optimizers and the progress: all that a resume restores.
+    """The weights, their average, its guide, the optimizers and the progress: what a resume needs.
     progress: "epoch" finished epochs, "position" images of the epoch at hand, "step" updates,
     "sums" losses of the epoch at hand, "best_loss", "best_epoch", "history" (a row an epoch)."""
     def __init__(self, device):
@@ -624,6 +628,7 @@ class Trainer:
         self.model = FashionMNISTUNetDenoiser(dropout=DROPOUT)
         self.model.to(device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.guide, = self.average.guide = (copy.deepcopy(self.average),)
         self.network = self.model
         if WORLD_SIZE > 1:  # gradients are averaged over all processes, on GPUs statistics as well
             if device.type == "cuda":
@@ -655,9 +660,8 @@ class Trainer:
                   *["best_model"] * (epoch == best), "last")
 
     def step(self, images, labels):
-        """One update on the next BATCH_SIZE images (uint8, on the device) of the epoch.
-        Order, steps, noise and dropped labels are functions of SEED, epoch and step alone, and so
-        the same after a resume."""
+        """One update on the next BATCH_SIZE images (uint8, on the device) of the epoch. What is
+        drawn is a function of SEED, epoch and step alone, and so the same after a resume."""
         now, steps, device = self.progress, len(self.model.abar), images.device
         order = epoch_order(SEED, now["epoch"], len(images))
         batch = order[now["position"]:now["position"] + BATCH_SIZE].to(device)
@@ -707,7 +711,7 @@ def check_loss(loss):
 def finish_epoch(trainer, images, labels, heldout):
     """Judge the averaged weights, draw, log and, last, save."""
     now = trainer.progress
-    refresh_batch_norm(trainer.average, images, labels)
+    finish_average(trainer, images, labels)
     row = {"epoch": now["epoch"] + 1, "step": now["step"]}
     for kind, losses in (("train", mean_losses(now["sums"])),
                          ("heldout", heldout_loss(trainer.average, *heldout))):
@@ -727,7 +731,7 @@ def finish_epoch(trainer, images, labels, heldout):
 def exit_if_asked(trainer, images, labels, stop):
     """Save and exit with 128 + the signal's number when there is one in the list `stop`."""
     if number := over_processes(torch.tensor(max(stop, default=0)), "MAX").item():
-        refresh_batch_norm(trainer.average, images, labels)
+        finish_average(trainer, images, labels)
         trainer.save("last")
         print(f"stopped by {signal.Signals(number).name}, state saved in "
               f"{checkpoint_path('last')}: run the same command again to go on", flush=True)
@@ -759,35 +763,32 @@ def train(trainer, images, labels, heldout, stop):
             exit_if_asked(trainer, images, labels, stop)
 
 # ---- main --------------------------------------------------------------------------------------
-# Each constant's default, and what is allowed: the least and greatest number, or the choices
+# What is allowed for each constant: the least and the greatest number, or the choices
 ALLOWED = {
-    "EPOCHS": (150, 1, 1e6), "BATCH_SIZE": (128, 2, 1e5), "LEARNING_RATE": (2e-3, 1e-9, 10),
-    "MUON_LEARNING_RATE": (0.02, 1e-9, 10), "WARMUP_STEPS": (200, 1, 1e6),
-    "WEIGHT_DECAY": (0.01, 0, 10), "GRADIENT_CLIP": (1.0, 1e-9, 1e9), "DROPOUT": (0.0, 0, 0.99),
-    "LABEL_DROPOUT": (0.1, 0, 0.99), "EMA_GAMMA": (16.0, 0, 1e6), "SEED": (0, 0, 1e9),
-    "IMG_SIZE": (28, 16, 64), "PATCH_SIZE": (2, 1, 4), "CHANNELS": ((64, 96, 112), 1, 1e4),
-    "BLOCKS": ((1, 1, 1), 0, 100), "EMBEDDING_DIM": (256, 1, 1e5),
-    "ATTENTION_HEAD_DIM": (28, 1, 1e4), "NUM_DIFFUSION_STEPS": (100, 2, 1e5),
-    "BETA_SCHEDULE": ("cosine", ("cosine", "linear")), "BETA_START": (1e-4, 1e-9, 1),
-    "BETA_END": (0.02, 1e-9, 1), "SAMPLING_STEPS": (20, 1, 1e5), "SAMPLING_ETA": (0.3, 0, 1),
-    "GUIDANCE_SCALE": (1.25, 0, 100), "RESUME": (True, (True, False)),
-    "PRECISION": ("auto", ("auto", "bf16", "fp32")), "CHECKPOINT_EVERY": (10, 1, 1e6),
-    "PICTURE_COLUMNS": (10, 2, 100)}
+    "EPOCHS": (1, 1e6), "BATCH_SIZE": (2, 1e5), "LEARNING_RATE": (1e-9, 10),
+    "MUON_LEARNING_RATE": (1e-9, 10), "WARMUP_STEPS": (1, 1e6), "WEIGHT_DECAY": (0, 10),
+    "GRADIENT_CLIP": (1e-9, 1e9), "DROPOUT": (0, 0.99), "LABEL_DROPOUT": (0, 0.99),
+    "EMA_GAMMA": (0, 1e6), "SEED": (0, 1e9), "IMG_SIZE": (16, 64), "PATCH_SIZE": (1, 4),
+    "CHANNELS": (1, 1e4), "BLOCKS": (0, 100), "EMBEDDING_DIM": (1, 1e5),
+    "ATTENTION_HEAD_DIM": (1, 1e4), "NUM_DIFFUSION_STEPS": (2, 1e5), "PICTURE_COLUMNS": (2, 100),
+    "BETA_SCHEDULE": ["cosine", "linear"], "BETA_START": (1e-9, 1), "BETA_END": (1e-9, 1),
+    "SAMPLING_STEPS": (1, 1e5), "SAMPLING_ETA": (0, 1), "GUIDANCE_SCALE": (0, 100),
+    "PRECISION": ["auto", "bf16", "fp32"], "RESUME": [True, False], "CHECKPOINT_EVERY": (1, 1e6)}
+DEFAULTS = {name: globals()[name] for name in ALLOWED}
 
 def check_constants():
     """Raise UserError naming each constant that cannot work, what is allowed and what it is."""
     wrong = []
-    for name, (default, *allowed) in ALLOWED.items():
-        value, several = globals()[name], type(default) is tuple
-        kinds = (int,) if type(default[0] if several else default) is int else (int, float)
-        if len(allowed) == 2:
-            values = value if several else [value]
-            words = "an integer" if kinds == (int,) else "a number"
-            words = f"{'a tuple, each ' * several}{words} from {allowed[0]:g} to {allowed[1]:g}"
-            fine = (type(values) in (tuple, list)
-                    and all(type(v) in kinds and allowed[0] <= v <= allowed[1] for v in values))
-        else:
-            words, fine = " or ".join(map(repr, allowed[0])), value in allowed[0]
+    for name, allowed in ALLOWED.items():
+        value, default = globals()[name], type(DEFAULTS[name])
+        words, fine = " or ".join(map(repr, allowed)), value in allowed
+        if type(allowed) is tuple:
+            kind = "a number" if default is float else "an integer"
+            words = f"{'a tuple, each ' * (default is tuple)}{kind} from {'%g to %g' % allowed}"
+            values = value if default is tuple else [value]
+            fine = type(values) in (tuple, list) and all(
+                (type(v) is int or type(v) is default is float) and allowed[0] <= v <= allowed[1]
+                for v in values)
         if not fine:
             wrong.append(f"{name} must be {words}, got {value!r}")
     if not wrong and not len(BLOCKS) == len(CHANNELS) in (1, 2, 3, 4):
@@ -824,7 +825,7 @@ def report(model, folder, images, heldout):
     """Say what will be done. Raises UserError when the disk is too small for it."""
     (parameters, flops), device = model_size(model), model.abar.device
     chip = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    changed = [f"{name} = {globals()[name]!r}" for name, (default, *_) in ALLOWED.items()
+    changed = [f"{name} = {globals()[name]!r}" for name, default in DEFAULTS.items()
                if globals()[name] != default]
     print(f"device     {device} ({chip}), {precision(device)}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}\n"
@@ -834,8 +835,8 @@ def report(model, folder, images, heldout):
           f"constants  {', '.join(changed) or 'all at their defaults'}\n"
           f"outputs    {checkpoint_path('*')}, training_loss.png, training_log.csv, "
           f"{PICTURE_DIR}/", flush=True)
-    # A checkpoint has at most four numbers a parameter; an epoch's pictures at most 1 MB.
-    needed = 16 * parameters * (4 + EPOCHS // CHECKPOINT_EVERY) + 10**6 * EPOCHS
+    # A checkpoint has at most five numbers a parameter; an epoch's pictures at most 1 MB.
+    needed = 20 * parameters * (4 + EPOCHS // CHECKPOINT_EVERY) + 10**6 * EPOCHS
     if (free := shutil.disk_usage(".").free) < needed:
         raise UserError(f"{Path.cwd()} has {free / 1e6:.0f} MB free and this run needs "
                         f"{needed / 1e6:.0f}: free some, raise CHECKPOINT_EVERY or lower EPOCHS")
@@ -871,7 +872,6 @@ def main():
     check_constants()
     keep_freed_memory()
     stop = []
-
     def remember(number, _frame):
         if stop and WORLD_SIZE == 1:  # torchrun repeats the terminal's
             raise KeyboardInterrupt  # asked twice: at once

@@ -269,18 +269,34 @@ def test_callback_sees_every_step_from_noise_to_image(model, eta, steps, calls):
 
 # Guidance
 
-def test_guidance_extrapolates_from_any_class_to_the_given_one(model):
-    x_t, t = random_images(10, 1, 28, 28), torch.arange(10)
-    labels, any_class = torch.arange(10), torch.full((10,), script_unet.NUM_CLASSES)
-    given = predict_x_start(model, x_t, t, labels)
-    free = predict_x_start(model, x_t, t, any_class)
-    assert (given - free).abs().max() > 1e-2
-    for scale in (0.0, 1.0, 1.001, 4.0):
-        close(predict_x_start(model, x_t, t, labels, scale), free + scale * (given - free), 1e-4)
+def test_guidance_extrapolates_from_the_guide_to_the_model(model):
+    x_t, t, labels = random_images(10, 1, 28, 28), torch.arange(10), torch.arange(10)
+    guide = awake(FashionMNISTUNetDenoiser(), seed=1)
+    weak, strong = (predict_x_start(part, x_t, t, labels) for part in (guide, model))
+    assert strong.abs().max() > 1.2     # else nothing could be seen of clipping
+    weak, strong = weak.clamp(-1, 1), strong.clamp(-1, 1)
+    model.guide = (guide,)
+    for scale in (0.0, 1.001, 4.0):
+        close(predict_x_start(model, x_t, t, labels, scale), weak + scale * (strong - weak), 1e-4)
 
 
-def test_guidance_of_one_costs_one_evaluation_a_step(model):
-    sizes = []
-    model.register_forward_hook(lambda _model, _args, v: sizes.append(len(v)))
-    sample(model, torch.arange(6), steps=4, guidance_scale=1.0)
-    assert sizes == [6] * 4
+def test_background_that_model_and_guide_both_overshoot_stays_black():
+    model, guide = (Predictor(lambda x_t, t, labels, x=x: x + 0 * x_t) for x in (-1.2, -1.6))
+    model.guide = (guide,)
+    assert (sample(model, [0, 1], steps=10, guidance_scale=2.0) == -1).all()
+
+
+def test_model_without_a_guide_is_its_own_and_unchanged(model):
+    options = {"steps": 4, "eta": 0.0}
+    close(sample(model, [1, 2], guidance_scale=3.0, **options),
+          sample(model, [1, 2], guidance_scale=1.0, **options), 1e-4)
+
+
+@pytest.mark.parametrize("scale, calls", [(1.0, 4), (1.5, 8)])
+def test_guidance_of_one_costs_one_evaluation_a_step_and_another_two(model, scale, calls):
+    sizes, guide = [], awake(FashionMNISTUNetDenoiser(), seed=1)
+    model.guide = (guide,)
+    for part in (model, guide):
+        part.register_forward_hook(lambda _model, _args, v: sizes.append(len(v)))
+    sample(model, torch.arange(6), steps=4, guidance_scale=scale)
+    assert sizes == [6] * calls

@@ -393,6 +393,43 @@ def test_best_is_the_lowest_heldout_loss_of_the_averaged_weights(run, monkeypatc
     assert not same(best["average"], best["model"])
 
 
+def test_guide_is_the_average_until_a_quarter_of_the_training_and_then_stays_behind(
+        run, monkeypatch):
+    for name, value in (("EPOCHS", 6), ("CHECKPOINT_EVERY", 1)):
+        monkeypatch.setattr(script_unet, name, value)
+    run()
+    states = [read_checkpoint(checkpoint(f"epoch_{epoch}")) for epoch in range(1, 7)]
+    for state, source in zip(states, (0, 1, 1, 1, 1, 1)):
+        guide, average = dict(state["guide"]), dict(states[source]["average"])
+        classes, any_class = average.pop(embedding := "class_embedding.weight").split([10, 1])
+        seen, null = guide.pop(embedding).split([10, 1])
+        assert same(guide, average) and same(null, any_class)
+        torch.testing.assert_close(seen, 0.8 * classes + 0.2 * any_class)
+    assert not same(states[1]["guide"], states[0]["guide"])
+
+
+def test_loaded_denoiser_is_guided_by_the_checkpoints_guide(undisturbed):
+    path = checkpoint("last", undisturbed[0])
+    model, state = load_denoiser(path, CPU), read_checkpoint(path)
+    assert same(dict(model.guide[0].state_dict()), dict(state["guide"]))
+    assert not model.guide[0].training and not same(state["guide"], state["average"])
+    drawn = [sample(model, [1, 2], guidance_scale=scale) for scale in (1.0, 3.0)]
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-3
+
+
+def test_checkpoint_of_a_version_without_a_guide_samples_and_resumes(run, monkeypatch):
+    monkeypatch.setattr(script_unet, "EPOCHS", 1)
+    run()
+    state = torch.load(checkpoint("last"), weights_only=True)
+    del state["guide"]
+    for path in Path().glob("*.pt"):
+        torch.save(state, path)
+    assert sample(load_denoiser(checkpoint("last")), [1], guidance_scale=2.0).isfinite().all()
+    monkeypatch.setattr(script_unet, "EPOCHS", 2)
+    run()
+    assert read_checkpoint(checkpoint("last"))["progress"]["epoch"] == 2
+
+
 def test_heldout_loss_is_fixed_and_by_noise_level(tiny):
     heldout = load_fashion_mnist("test")
     model = awake(FashionMNISTUNetDenoiser())

@@ -315,6 +315,10 @@ def main():
     parser.add_argument("--steps", type=int, help="default SAMPLING_STEPS")
     parser.add_argument("--eta", type=float, help="default SAMPLING_ETA")
     parser.add_argument("--guidance", type=float, help="default GUIDANCE_SCALE")
+    parser.add_argument("--guide", metavar="CHECKPOINT",
+                        help="whose averaged weights guide; default: the checkpoint's own guide")
+    parser.add_argument("--guide-dropout", type=float, default=0.2, metavar="SHARE",
+                        help="of the null class in what --guide is told, default 0.2; 1: no label")
     parser.add_argument("--seed", type=int, help="of the samples, default SEED")
     parser.add_argument("--classifier-seed", type=int, default=0)
     parser.add_argument("--picture", metavar="PATH", help="save samples as a PNG, a class a row")
@@ -327,6 +331,11 @@ def main():
     if (size := model.constants["IMG_SIZE"]) != 28:
         sys.exit(f"{args.checkpoint} draws {size} x {size} images; only 28 x 28 can be judged")
     script_unet.keep_freed_memory()
+    if args.guide:
+        guide = script_unet.load_denoiser(args.guide)
+        classes = guide.class_embedding.weight
+        classes[:-1].lerp_(classes[-1], args.guide_dropout)
+        model.guide = (guide,)
     labels = torch.arange(10).repeat_interleave(args.samples)
     start = time.perf_counter()
     images = script_unet.sample(model, labels, args.steps, args.eta, args.guidance, args.seed)
