@@ -446,12 +446,12 @@ def refresh_batch_norm(model, images, labels, batches=20, batch_size=256):
 @torch.no_grad()
 def finish_average(trainer, images, labels):
     """Make the averaged weights ready for sample(). In the first quarter of the epochs the guide
-    follows them, then it stays behind. It is told the class at four fifths of its strength."""
+    follows them, then it stays behind. It is told the class at three quarters its strength."""
     refresh_batch_norm(trainer.average, images, labels)
     if 4 * trainer.progress["epoch"] < EPOCHS:
         trainer.guide.load_state_dict(trainer.average.state_dict())
         classes = trainer.guide.class_embedding.weight
-        classes[:-1].lerp_(classes[-1], 0.2)
+        classes[:-1].lerp_(classes[-1], 0.25)
 
 NOISE_LEVELS = ("early", "middle", "late")  # thirds of the steps, from little to much noise
 
