@@ -3,8 +3,8 @@
     python script_unet.py
 
 Edit the constants below, run the command, open the PNGs. Ten minutes on two cores of an AMD EPYC
-(Zen 5, bf16), mean of 2 runs: class accuracy .94 (real test images: .93), precision .90 (.90),
-recall .80 (.88), Frechet distance 229 (26); see tests/benchmarks/results.md.
+(Zen 5, bf16), mean of 2 runs: class accuracy .94 (real test images: .94), precision .88 (.89),
+recall .85 (.88), Frechet distance 104 (26); see tests/benchmarks/results.md.
 
 Notation: x_start is a clean image, float (B, 1, H, W) in [-1, 1]; t (B,) is a step's index, from
 0 (almost clean) to T-1 (pure noise); x_t is x_start after step t; abar is alphas_cumprod.
