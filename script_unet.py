@@ -44,7 +44,7 @@ WARMUP_STEPS = 200          # optimizer steps; the batch statistics and moments 
 WEIGHT_DECAY = 0.1          # decoupled, of both optimizers
 GRADIENT_CLIP = 1.0         # largest L2 norm of the whole gradient
 DROPOUT = 0.0               # probability in each residual block; 60,000 images need none
-LABEL_DROPOUT = 0.1         # share of labels replaced by the null class, any of them [5]
+LABEL_DROPOUT = 0.1         # share of labels replaced by the null class [5], which the guide needs
 EMA_GAMMA = 16.0            # power of the weight average [8]: it lags 1/18 of the steps so far
 SEED = 0                    # all randomness of a step is a function of SEED and the step
 # Data
