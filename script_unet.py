@@ -95,6 +95,11 @@ def generator(*keys):
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
+def pick_device():
+    """CUDA, then MPS, then the CPU."""
+    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device("cuda" if torch.cuda.is_available() else mps)
+
 # ---- Data: four gzipped IDX files, kept in memory as uint8 -------------------------------------
 DATA_FILES = {"train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
               "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")}
@@ -264,7 +269,28 @@ class SelfAttention(nn.Module):
         mixed = (q.softmax(-1).to(v.dtype) @ context).transpose(1, 2)       # (B, N, heads, d)
         return x + self.out(mixed.reshape(b, h, w, c)).permute(0, 3, 1, 2)  # (B, C, H, W)
 
-# ---- The model ---------------------------------------------------------------------------------
+# ---- The noise schedule, and the model that carries it -----------------------------------------
+def noise_schedule(steps, kind, beta_start=1e-4, beta_end=0.02):
+    """betas (T,), float64. Raises UserError when they do not end in noise: abar < 0.001.
+    "cosine": [2] eq. 17 with s = 0.008 and betas up to 0.999. "linear": [1] section 4, scaled by
+    1000 / T, so that every T ends as the published T = 1000 does."""
+    if kind == "cosine":
+        time = torch.arange(steps + 1, dtype=torch.float64) / steps
+        f = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = 1 - f[1:] / f[:-1]
+    else:
+        betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64) * 1000 / steps
+    betas = betas.clamp(max=0.999)
+    if (1 - betas).prod() >= 1e-3:
+        raise UserError(f"BETA_START and BETA_END must leave less than 0.001 of the image after "
+                        f"NUM_DIFFUSION_STEPS = {steps}, got {beta_start} and {beta_end}")
+    return betas
+
+def alphas_cumprod(constants=None):
+    """abar (T,), float32: the share of x_start's variance that is left in x_t, [1] eq. 4."""
+    c = constants or model_constants()
+    return (1 - noise_schedule(*(c[name] for name in MODEL_CONSTANTS[-4:]))).cumprod(0).float()
+
 class FashionMNISTUNetDenoiser(nn.Module):
     """A U-Net on patches; forward(x_t, t, labels) gives v (B, 1, H, W), see x_start_from_v.
     x_t float (B, 1, H, W); t int (B,) in 0 ... T-1; labels int (B,), NUM_CLASSES for any class.
@@ -316,27 +342,6 @@ def model_size(model):
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
 
 # ---- The diffusion process ---------------------------------------------------------------------
-def noise_schedule(steps, kind, beta_start=1e-4, beta_end=0.02):
-    """betas (T,), float64. Raises UserError when they do not end in noise: abar < 0.001.
-    "cosine": [2] eq. 17 with s = 0.008 and betas up to 0.999. "linear": [1] section 4, scaled by
-    1000 / T, so that every T ends as the published T = 1000 does."""
-    if kind == "cosine":
-        time = torch.arange(steps + 1, dtype=torch.float64) / steps
-        f = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = 1 - f[1:] / f[:-1]
-    else:
-        betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64) * 1000 / steps
-    betas = betas.clamp(max=0.999)
-    if (1 - betas).prod() >= 1e-3:
-        raise UserError(f"BETA_START and BETA_END must leave less than 0.001 of the image after "
-                        f"NUM_DIFFUSION_STEPS = {steps}, got {beta_start} and {beta_end}")
-    return betas
-
-def alphas_cumprod(constants=None):
-    """abar (T,), float32: the share of x_start's variance that is left in x_t, [1] eq. 4."""
-    c = constants or model_constants()
-    return (1 - noise_schedule(*(c[name] for name in MODEL_CONSTANTS[-4:]))).cumprod(0).float()
-
 def q_sample(x_start, t, noise=None, abar=None):
     """x_t ~ q(x_t | x_start), [1] eq. 4: sqrt(abar_t) x_start + sqrt(1 - abar_t) noise.
     x_start, noise (default: fresh) float (B, 1, H, W); t int (B,); abar (T,) (the constants')."""
@@ -608,11 +613,6 @@ def newest_checkpoint(constants):
     return path, state
 
 # ---- Training ----------------------------------------------------------------------------------
-def pick_device():
-    """CUDA, then MPS, then the CPU."""
-    mps = "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device("cuda" if torch.cuda.is_available() else mps)
-
 def keep_freed_memory():
     """Let glibc reuse freed memory: mapping and zeroing it anew costs a fifth of a CPU's step."""
     if platform.libc_ver()[0] == "glibc":

@@ -1,8 +1,10 @@
 """The constants: their defaults, what is refused and how; importing and running the file."""
 
+import ast
 import importlib.util
 import re
 import subprocess
+import symtable
 import sys
 from pathlib import Path
 
@@ -152,3 +154,27 @@ def test_mistake_of_the_user_ends_the_command_with_one_line_and_no_traceback(tmp
 def test_the_program_fits_900_lines_of_at_most_100_characters():
     lines = SCRIPT.read_text().splitlines()
     assert len(lines) <= 900 and max(map(len, lines)) <= 100
+
+
+def test_each_section_uses_only_what_stands_above_its_end():
+    source = SCRIPT.read_text()
+    heads = [i for i, line in enumerate(source.splitlines(), 1) if line.startswith("# ---- ")]
+
+    def section(line):
+        return sum(head < line for head in heads)
+
+    home = {}
+    for node in ast.parse(source).body:
+        names = [node.name] if hasattr(node, "name") else [
+            part.id for part in ast.walk(node)
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
+        home |= dict.fromkeys(names, section(node.lineno))
+
+    def uses(table):
+        names = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+        return names.union(*map(uses, table.get_children()))
+
+    definitions = symtable.symtable(source, "script_unet.py", "exec").get_children()
+    late = [(definition.get_name(), name) for definition in definitions
+            for name in uses(definition) if home.get(name, 0) > section(definition.get_lineno())]
+    assert len(heads) > 9 and "q_sample" in home and not late
