@@ -450,10 +450,10 @@ def refresh_batch_norm(model, images, labels, batches=20, batch_size=256):
 
 @torch.no_grad()
 def finish_average(trainer, images, labels):
-    """Make the averaged weights ready for sample(). In the first quarter of the epochs the guide
-    follows them, then it stays behind. It is told the class at three quarters its strength."""
+    """Make the averaged weights ready for sample(). The guide follows them for three epochs (in
+    short runs, a quarter), then stays behind. It is told the class at three quarters strength."""
     refresh_batch_norm(trainer.average, images, labels)
-    if 4 * trainer.progress["epoch"] < EPOCHS:
+    if trainer.progress["epoch"] < min(3, EPOCHS / 4):
         trainer.guide.load_state_dict(trainer.average.state_dict())
         classes = trainer.guide.class_embedding.weight
         classes[:-1].lerp_(classes[-1], 0.25)

@@ -393,13 +393,16 @@ def test_best_is_the_lowest_heldout_loss_of_the_averaged_weights(run, monkeypatc
     assert not same(best["average"], best["model"])
 
 
-def test_guide_is_the_average_until_a_quarter_of_the_training_and_then_stays_behind(
-        run, monkeypatch):
-    for name, value in (("EPOCHS", 6), ("CHECKPOINT_EVERY", 1)):
+@pytest.mark.parametrize("epochs, sources", [
+    (6, (0, 1, 1, 1, 1, 1)), (14, (0, 1, 2, *[2] * 11))])
+def test_guide_is_the_average_for_three_epochs_or_a_quarter_and_then_stays_behind(
+        run, monkeypatch, epochs, sources):
+    for name, value in (("EPOCHS", epochs), ("CHECKPOINT_EVERY", 1)):
         monkeypatch.setattr(script_unet, name, value)
+    monkeypatch.setattr(script_unet, "generate_visualizations", lambda *args, **kwargs: None)
     run()
-    states = [read_checkpoint(checkpoint(f"epoch_{epoch}")) for epoch in range(1, 7)]
-    for state, source in zip(states, (0, 1, 1, 1, 1, 1)):
+    states = [read_checkpoint(checkpoint(f"epoch_{epoch + 1}")) for epoch in range(epochs)]
+    for state, source in zip(states, sources):
         guide, average = dict(state["guide"]), dict(states[source]["average"])
         classes, any_class = average.pop(embedding := "class_embedding.weight").split([10, 1])
         seen, null = guide.pop(embedding).split([10, 1])

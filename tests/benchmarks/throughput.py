@@ -3,9 +3,11 @@
     python tests/benchmarks/throughput.py
 
 Times whole training steps (forward, backward, optimizer, averaged weights) of this project's
-default model and of the peers in peers.py, on the same images and with the same batch size. They
-take turns, A B C D A B C D ..., so that a machine that slows down slows all of them: a ratio is
-the median of the rounds' ratios. Each round also times a matrix product, to say what share of the
+default model and of the peers in peers.py, on the same images and with the same batch size. Each
+runs in a process of its own, as its users run it: ours with keep_freed_memory(), which main()
+calls, the peers with the allocator as it is, or with --keep-freed-memory like ours. They take
+turns, A B C D A B C D ..., so that a machine that slows down slows all of them: a ratio is the
+median of the rounds' ratios. Each round also times a matrix product, to say what share of the
 machine's arithmetic the training reaches.
 """
 
@@ -13,6 +15,8 @@ import argparse
 import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -63,6 +67,29 @@ def peer_step(peer, images, labels, batch_size):
     return step
 
 
+contender = {}  # in a contender's process: its step, and the device
+
+
+def set_up(name, keep_freed_memory):
+    """Build a contender in this process. Gives its number of parameters."""
+    if keep_freed_memory:
+        script_unet.keep_freed_memory()
+    device = script_unet.pick_device()
+    images, labels = (part.to(device) for part in script_unet.load_fashion_mnist("train"))
+    if name == "ours":
+        trainer = script_unet.Trainer(device)
+        contender.update(step=our_step(trainer, images, labels), device=device)
+        return script_unet.model_size(trainer.model)[0]
+    peer = peers.PEERS[name](device)
+    contender.update(step=peer_step(peer, images, labels, script_unet.BATCH_SIZE), device=device)
+    return peer.parameters()
+
+
+def turn(seconds):
+    """The rate of the contender in this process."""
+    return rate(contender["step"], seconds, contender["device"])
+
+
 def matrix_product(device, dtype):
     """A function that multiplies two matrices and returns the operations that this takes."""
     a, b = (torch.randn(MATRIX_SIZE, MATRIX_SIZE, device=device).to(dtype) for _ in range(2))
@@ -85,31 +112,30 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=5, help="of each turn, default 5")
     parser.add_argument("--peers", nargs="*", choices=peers.PEERS, default=list(peers.PEERS))
+    parser.add_argument("--keep-freed-memory", action="store_true", help="in the peers as well")
     args = parser.parse_args()
 
     device, batch_size = script_unet.pick_device(), script_unet.BATCH_SIZE
     dtype, threads, load = script_unet.precision(device), torch.get_num_threads(), load_average()
     print(f"{device}, {threads} threads on {os.cpu_count()} processors, torch "
-          f"{torch.__version__}, batches of {batch_size}\n"
-          "keep_freed_memory() holds for the whole process: the peers profit from it, too")
+          f"{torch.__version__}, batches of {batch_size}; the peers' allocator is "
+          f"{'set like ours' if args.keep_freed_memory else 'as it is'}")
     script_unet.keep_freed_memory()
-    images, labels = (part.to(device) for part in script_unet.load_fashion_mnist("train"))
-    trainer = script_unet.Trainer(device)
-    parameters, flops = script_unet.model_size(trainer.model)
-    entries = {"ours": (parameters, our_step(trainer, images, labels))}
-    for name in args.peers:
+    _, flops = script_unet.model_size(script_unet.FashionMNISTUNetDenoiser().to(device))
+    entries = {}
+    for name in ("ours", *args.peers):
+        process = ProcessPoolExecutor(1, get_context("spawn"))
         try:
-            peer = peers.PEERS[name](device)
+            parameters = process.submit(set_up, name, name == "ours" or args.keep_freed_memory)
+            entries[name] = parameters.result(), process
         except peers.MissingPackage as error:
             print(f"left out: {error}")
-            continue
-        entries[name] = peer.parameters(), peer_step(peer, images, labels, batch_size)
     product = matrix_product(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
 
     rates, shares, products = {name: [] for name in entries}, [], []
     for number in range(args.rounds):
-        for name, (_, step) in entries.items():
-            rates[name].append(rate(step, args.seconds, device))
+        for name, (_, process) in entries.items():
+            rates[name].append(process.submit(turn, args.seconds).result())
         products.append(rate(product, args.seconds / 5, device))
         shares.append(3 * flops * rates["ours"][-1] / products[-1])
         print(f"round {number + 1} of {args.rounds}: " + ", ".join(
