@@ -38,7 +38,7 @@ from tqdm import tqdm
 # Training
 EPOCHS = 150                # passes over the training images
 BATCH_SIZE = 128            # images per optimizer step
-LEARNING_RATE = 2e-3        # AdamW's peak, after WARMUP_STEPS; falls linearly to 0 over EPOCHS
+LEARNING_RATE = 2e-3        # AdamW's peak, after WARMUP_STEPS; falls as (1 - share done) squared
 MUON_LEARNING_RATE = 0.02   # the same for the convolutions, whose updates are orthogonal [9]
 WARMUP_STEPS = 200          # optimizer steps; the batch statistics and moments settle first
 WEIGHT_DECAY = 0.1          # decoupled, of both optimizers
@@ -65,7 +65,7 @@ BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled b
 # Sampling
 SAMPLING_STEPS = 20         # of the T steps; more are slower and hardly better
 SAMPLING_ETA = 0.3          # share of DDPM's noise: 0: deterministic [6]; 1: ancestral [1, 3]
-GUIDANCE_SCALE = 2.0        # 1: none, half the cost; above: further away from a weaker model [10]
+GUIDANCE_SCALE = 1.75       # 1: none, half the cost; above: further away from a weaker model [10]
 # Machine and output, in the working directory
 PRECISION = "auto"          # "auto": bf16 where the hardware computes in it; or "bf16", "fp32"
 RESUME = True               # go on from the newest checkpoint; False sets older ones aside
@@ -679,7 +679,7 @@ class Trainer:
         for kernel, matrix in zip(self.kernels, self.matrices):
             matrix.grad = kernel.grad.permute(0, 2, 3, 1).flatten(1)
         done = (now["epoch"] + now["position"] / len(images)) / EPOCHS
-        factor = min(1, (now["step"] + 1) / WARMUP_STEPS) * (1 - done)
+        factor = min(1, (now["step"] + 1) / WARMUP_STEPS) * (1 - done) ** 2
         for optimizer in (self.muon, self.adamw):
             optimizer.param_groups[0]["lr"] = factor * optimizer.defaults["lr"]
             optimizer.step()

@@ -535,7 +535,7 @@ def test_label_dropout_is_the_share_of_null_labels(tiny, steps_of, monkeypatch):
 
 # One step's update
 
-def test_learning_rate_warms_up_and_then_falls_to_zero_on_a_line(tiny, monkeypatch, pictures):
+def test_learning_rate_warms_up_and_then_falls_to_zero_as_a_square(tiny, monkeypatch, pictures):
     monkeypatch.setattr(tiny, "EPOCHS", 5)
     monkeypatch.setattr(tiny, "WARMUP_STEPS", 4)
     trainer, rates = Trainer(CPU), {"muon": [], "adamw": []}
@@ -545,10 +545,10 @@ def test_learning_rate_warms_up_and_then_falls_to_zero_on_a_line(tiny, monkeypat
         for name, seen in rates.items():
             seen.append(getattr(trainer, name).param_groups[0]["lr"])
     step = np.arange(5 * STEPS)
-    line = 1 - step / len(step)
+    parabola = np.square((len(step) - step) / len(step))
     for name, peak in (("muon", tiny.MUON_LEARNING_RATE), ("adamw", tiny.LEARNING_RATE)):
         np.testing.assert_allclose(
-            rates[name], peak * np.minimum(1, (step + 1) / 4) * line, rtol=1e-6)
+            rates[name], peak * np.minimum(1, (step + 1) / 4) * parabola, rtol=1e-6)
 
 
 def test_every_weight_learns_and_kernels_by_nearly_orthogonal_updates(
