@@ -65,7 +65,7 @@ BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled b
 # Sampling
 SAMPLING_STEPS = 20         # of the T steps; more are slower and hardly better
 SAMPLING_ETA = 0.3          # share of DDPM's noise: 0: deterministic [6]; 1: ancestral [1, 3]
-GUIDANCE_SCALE = 1.75       # 1: none, half the cost; above: further away from a weaker model [10]
+GUIDANCE_SCALE = 2.0        # 1: none, half the cost; above: further away from a weaker model [10]
 # Machine and output, in the working directory
 PRECISION = "auto"          # "auto": bf16 where the hardware computes in it; or "bf16", "fp32"
 RESUME = True               # go on from the newest checkpoint; False sets older ones aside
