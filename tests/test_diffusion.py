@@ -267,6 +267,22 @@ def test_callback_sees_every_step_from_noise_to_image(model, eta, steps, calls):
     assert abs(frames[0][1].std() - 1) < 0.1 and torch.equal(frames[-1][1], result)
 
 
+@pytest.mark.parametrize("total", [2, 3, 20, 47, 100])
+def test_as_many_different_steps_are_visited_as_are_asked_for(total):
+    model = Predictor(lambda x_t, t, labels: 0 * x_t, steps=total, size=16)
+    for steps in range(2, total + 1):
+        times = [t for t, _ in frames_of(model, [0], steps=steps, eta=0.0)[0]]
+        assert times == sorted(set(times), reverse=True) and len(times) == steps + 1
+        assert (times[0], times[-2]) == (total - 1, 0)
+
+
+def test_gaps_between_steps_are_narrowest_at_the_noise_and_widest_half_way():
+    model = Predictor(lambda x_t, t, labels: 0 * x_t, steps=100, size=16)
+    times = [t for t, _ in frames_of(model, [0], steps=20, eta=0.0)[0]]
+    gaps = -np.diff(times[:-1])
+    assert gaps[:3].sum() < gaps[-3:].sum() < gaps[8:11].sum() and gaps[0] == 2
+
+
 # Guidance
 
 def test_guidance_extrapolates_from_the_guide_to_the_model(model):
