@@ -763,32 +763,32 @@ def train(trainer, images, labels, heldout, stop):
             exit_if_asked(trainer, images, labels, stop)
 
 # ---- main --------------------------------------------------------------------------------------
-# What is allowed for each constant: the least and the greatest number, or the choices
+# Each constant's default, then the least and the greatest number that is allowed or other choices
 ALLOWED = {
-    "EPOCHS": (1, 1e6), "BATCH_SIZE": (2, 1e5), "LEARNING_RATE": (1e-9, 10),
-    "MUON_LEARNING_RATE": (1e-9, 10), "WARMUP_STEPS": (1, 1e6), "WEIGHT_DECAY": (0, 10),
-    "GRADIENT_CLIP": (1e-9, 1e9), "DROPOUT": (0, 0.99), "LABEL_DROPOUT": (0, 0.99),
-    "EMA_GAMMA": (0, 1e6), "SEED": (0, 1e9), "IMG_SIZE": (16, 64), "PATCH_SIZE": (1, 4),
-    "CHANNELS": (1, 1e4), "BLOCKS": (0, 100), "EMBEDDING_DIM": (1, 1e5),
-    "ATTENTION_HEAD_DIM": (1, 1e4), "NUM_DIFFUSION_STEPS": (2, 1e5), "PICTURE_COLUMNS": (2, 100),
-    "BETA_SCHEDULE": ["cosine", "linear"], "BETA_START": (1e-9, 1), "BETA_END": (1e-9, 1),
-    "SAMPLING_STEPS": (1, 1e5), "SAMPLING_ETA": (0, 1), "GUIDANCE_SCALE": (0, 100),
-    "PRECISION": ["auto", "bf16", "fp32"], "RESUME": [True, False], "CHECKPOINT_EVERY": (1, 1e6)}
-DEFAULTS = {name: globals()[name] for name in ALLOWED}
+    "EPOCHS": (150, 1, 1e6), "BATCH_SIZE": (128, 2, 1e5), "LEARNING_RATE": (2e-3, 1e-9, 10),
+    "MUON_LEARNING_RATE": (0.02, 1e-9, 10), "WARMUP_STEPS": (200, 1, 1e6),
+    "WEIGHT_DECAY": (0.1, 0, 10), "GRADIENT_CLIP": (1.0, 1e-9, 1e9), "DROPOUT": (0.0, 0, 0.99),
+    "LABEL_DROPOUT": (0.1, 0, 0.99), "EMA_GAMMA": (16.0, 0, 1e6), "SEED": (0, 0, 1e9),
+    "IMG_SIZE": (28, 16, 64), "PATCH_SIZE": (2, 1, 4), "CHANNELS": ((64, 96, 112), 1, 1e4),
+    "BLOCKS": ((1, 1, 1), 0, 100), "EMBEDDING_DIM": (256, 1, 1e5),
+    "ATTENTION_HEAD_DIM": (28, 1, 1e4), "NUM_DIFFUSION_STEPS": (100, 2, 1e5),
+    "BETA_SCHEDULE": ("cosine", "linear"), "BETA_START": (1e-4, 1e-9, 1),
+    "BETA_END": (0.02, 1e-9, 1), "SAMPLING_STEPS": (20, 1, 1e5), "SAMPLING_ETA": (0.3, 0, 1),
+    "GUIDANCE_SCALE": (2.0, 0, 100), "PRECISION": ("auto", "bf16", "fp32"), "RESUME": (True, False),
+    "CHECKPOINT_EVERY": (10, 1, 1e6), "PICTURE_COLUMNS": (10, 2, 100)}
 
 def check_constants():
     """Raise UserError naming each constant that cannot work, what is allowed and what it is."""
     wrong = []
     for name, allowed in ALLOWED.items():
-        value, default = globals()[name], type(DEFAULTS[name])
+        value, default, limits = globals()[name], type(allowed[0]), allowed[1:]
         words, fine = " or ".join(map(repr, allowed)), value in allowed
-        if type(allowed) is tuple:
-            kind = "a number" if default is float else "an integer"
-            words = f"{'a tuple, each ' * (default is tuple)}{kind} from {'%g to %g' % allowed}"
-            values = value if default is tuple else [value]
+        if default in (int, float, tuple):
+            kind, values = (int, value) if default is tuple else (default, [value])
+            words = "an integer" if kind is int else "a number"
+            words = f"{'a tuple, each ' * (default is tuple)}{words} from {'%g to %g' % limits}"
             fine = type(values) in (tuple, list) and all(
-                (type(v) is int or type(v) is default is float) and allowed[0] <= v <= allowed[1]
-                for v in values)
+                type(v) in (int, kind) and limits[0] <= v <= limits[1] for v in values)
         if not fine:
             wrong.append(f"{name} must be {words}, got {value!r}")
     if not wrong and not len(BLOCKS) == len(CHANNELS) in (1, 2, 3, 4):
@@ -825,8 +825,8 @@ def report(model, folder, images, heldout):
     """Say what will be done. Raises UserError when the disk is too small for it."""
     (parameters, flops), device = model_size(model), model.abar.device
     chip = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    changed = [f"{name} = {globals()[name]!r}" for name, default in DEFAULTS.items()
-               if globals()[name] != default]
+    changed = [f"{name} = {globals()[name]!r}" for name, allowed in ALLOWED.items()
+               if globals()[name] != allowed[0]]
     print(f"device     {device} ({chip}), {precision(device)}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}\n"
           f"data       {len(images):,} training and {len(heldout):,} held-out images, {folder}\n"

@@ -41,13 +41,30 @@ def refused():
     return str(caught.value)
 
 
-@pytest.fixture
-def fresh():
-    """The module as the file defines it, whatever other tests have set."""
-    spec = importlib.util.spec_from_file_location("fresh", SCRIPT)
+def load(path):
+    """The module as that file defines it, whatever other tests have set."""
+    spec = importlib.util.spec_from_file_location("fresh", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def fresh():
+    return load(SCRIPT)
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """A function that loads the script with one constant edited in the file, as users do."""
+    def edit(name, value):
+        text, count = re.subn(rf"(?m)^{name} = \S.*?(?=\s+#)", f"{name} = {value!r}",
+                              SCRIPT.read_text())
+        assert count == 1
+        (path := tmp_path / "edited.py").write_text(text)
+        return load(path)
+
+    return edit
 
 
 @pytest.mark.parametrize("name, value", BAD)
@@ -57,6 +74,25 @@ def test_bad_constant_is_refused_with_its_name_what_is_allowed_and_its_value(
     message = refused()
     assert f"{name} must " in message and f"got {value!r}" in message
     assert message.count(" must ") == 1     # the others are fine
+
+
+@pytest.mark.parametrize("name, value", [
+    ("SAMPLING_STEPS", 20.0), ("IMG_SIZE", "28"), ("CHANNELS", 64), ("RESUME", None)])
+def test_bad_constant_edited_in_the_file_is_refused_as_well(edited, name, value):
+    module = edited(name, value)
+    with pytest.raises(module.UserError, match=f"^{name} must .*got {value!r}$"):
+        module.check_constants()
+
+
+@pytest.mark.parametrize("name, value", [("PICTURE_COLUMNS", 3), ("BLOCKS", (1, 2, 1))])
+def test_constant_edited_in_the_file_is_printed_as_differing_from_its_default(
+        edited, fresh, tmp_path, monkeypatch, capsys, name, value):
+    monkeypatch.chdir(tmp_path)
+    said = []
+    for module in (fresh, edited(name, value)):
+        module.report(module.FashionMNISTUNetDenoiser(), "folder", [], [])
+        said.append(re.search(r"(?m)^constants  (.*)$", capsys.readouterr().out)[1])
+    assert said == ["all at their defaults", f"{name} = {value!r}"]
 
 
 @pytest.mark.parametrize("channels, blocks", [
