@@ -63,7 +63,7 @@ BETA_SCHEDULE = "cosine"    # "cosine" [2] or "linear" [1]
 BETA_START = 1e-4           # linear only: the first beta at T = 1000, rescaled by 1000 / T
 BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled by 1000 / T
 # Sampling
-SAMPLING_STEPS = 20         # of the T steps; more are slower and hardly better
+SAMPLING_STEPS = 20         # of the T steps; more are slower and a little better
 SAMPLING_ETA = 0.3          # share of DDPM's noise: 0: deterministic [6]; 1: ancestral [1, 3]
 GUIDANCE_SCALE = 2.0        # 1: none, half the cost; above: further away from a weaker model [10]
 # Machine and output, in the working directory
@@ -105,7 +105,7 @@ DATA_FILES = {"train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.g
               "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")}
 
 def bad_data(path, reason):
-    return UserError(f"{path} {reason}. Delete the file and run again to download it, or "
+    return UserError(f"{path} {reason}. Delete the file, and run again to download it, or first "
                      "`apt-get install dataset-fashion-mnist` on Debian or Ubuntu")
 
 def read_idx(path):
@@ -331,7 +331,7 @@ class FashionMNISTUNetDenoiser(nn.Module):
 
 def time_embedding(time):
     """Cosines and sines of time (B,) in 0 ... 1 at 32 frequencies from 1 to 1000; (B, 64)."""
-    angles = time[:, None] * torch.logspace(0, 3, 32, device=time.device)
+    angles = time[:, None] * 10 ** torch.linspace(0, 3, 32, device=time.device)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 def model_size(model):
@@ -365,7 +365,7 @@ def posterior(x_start, x_t, abar_t, abar_next, eta=1.0):
 def precision(device):
     """PRECISION or, for "auto", "bf16" where the hardware, not an emulation, multiplies in it."""
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older versions have none
-    fast = {"cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(),
+    fast = {"cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(False),
             "cpu": cpu.get("avx512_bf16") or cpu.get("amx_bf16")}
     return PRECISION if PRECISION != "auto" else "bf16" if fast.get(device.type) else "fp32"
 
@@ -615,7 +615,7 @@ def newest_checkpoint(constants):
 
 # ---- Training ----------------------------------------------------------------------------------
 def keep_freed_memory():
-    """Let glibc reuse freed memory: mapping and zeroing it anew costs a fifth of a CPU's step."""
+    """Let glibc reuse freed memory: mapping it anew costs a CPU a quarter of its speed."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(-4, 0)            # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD
@@ -637,12 +637,11 @@ class Trainer:
             self.network = nn.parallel.DistributedDataParallel(self.model)
             self.network.abar = self.model.abar
         self.kernels = [p for p in self.model.parameters() if p.ndim == 4 and min(p.shape[:2]) > 15]
-        others = [p for p in self.model.parameters() if all(p is not k for k in self.kernels)]
+        rest = [p for p in self.model.parameters() if all(p is not k for k in self.kernels)]
         # torch's Muon takes matrices: here (out, h * w * in), in the memory of the kernels
         self.matrices = [nn.Parameter(k.data.permute(0, 2, 3, 1).flatten(1)) for k in self.kernels]
-        self.muon = torch.optim.Muon(self.matrices, MUON_LEARNING_RATE, WEIGHT_DECAY, ns_steps=3)
-        self.adamw = torch.optim.AdamW(others, LEARNING_RATE, (0.9, 0.99),
-                                       weight_decay=WEIGHT_DECAY, fused=device.type != "mps")
+        self.muon = torch.optim.Muon([{"params": self.matrices}], MUON_LEARNING_RATE, ns_steps=3)
+        self.adamw = torch.optim.AdamW(rest, LEARNING_RATE, (0.9, 0.99), fused=device.type != "mps")
         self.progress = {"epoch": 0, "position": 0, "step": 0, "sums": torch.zeros(2, 3),
                          "best_loss": math.inf, "best_epoch": 0, "history": []}
 
@@ -664,8 +663,8 @@ class Trainer:
         """One update on the next BATCH_SIZE images (uint8, on the device) of the epoch. What is
         drawn is a function of SEED, epoch and step alone, and so the same after a resume."""
         now, steps, device = self.progress, len(self.model.abar), images.device
-        order = epoch_order(SEED, now["epoch"], len(images))
-        batch = order[now["position"]:now["position"] + BATCH_SIZE].to(device)
+        order = epoch_order(SEED, now["epoch"], len(images), device)
+        batch = order[now["position"]:now["position"] + BATCH_SIZE]
         torch.manual_seed(generator("step", SEED, now["step"]).initial_seed())
         t = torch.arange(BATCH_SIZE, device=device) + torch.rand(BATCH_SIZE, device=device)
         t = (t * steps / BATCH_SIZE).long().clamp(max=steps - 1)    # spread evenly over 0 ... T-1
@@ -681,9 +680,9 @@ class Trainer:
             matrix.grad = kernel.grad.permute(0, 2, 3, 1).flatten(1)
         done = (now["epoch"] + now["position"] / len(images)) / EPOCHS
         factor = min(1, (now["step"] + 1) / WARMUP_STEPS) * (1 - done) ** 2
-        for optimizer in (self.muon, self.adamw):
-            optimizer.param_groups[0]["lr"] = factor * optimizer.defaults["lr"]
-            optimizer.step()
+        for opt in (self.muon, self.adamw):
+            opt.param_groups[0].update(lr=factor * opt.defaults["lr"], weight_decay=WEIGHT_DECAY)
+            opt.step()
         self.model.zero_grad()
         now.update(step=now["step"] + 1, position=now["position"] + BATCH_SIZE)
         now["sums"] = now["sums"].to(device) + over_processes(by_noise_level(losses, t, steps))
@@ -696,12 +695,12 @@ def over_processes(tensor, operation="SUM"):
     return tensor
 
 @functools.lru_cache(maxsize=1)
-def epoch_order(seed, epoch, count):
+def epoch_order(seed, epoch, count, device):
     """A permutation of the images, another one each epoch."""
-    return torch.randperm(count, generator=generator("order", seed, epoch))
+    return torch.randperm(count, generator=generator("order", seed, epoch)).to(device)
 
 def check_loss(loss):
-    """The loss itself. Raises UserError when training has diverged; untrained, it is about 1."""
+    """The loss itself. Raises UserError when training has diverged; untrained, it is about 0.8."""
     if not loss < 10:
         raise UserError(f"training diverged (loss {loss:g}); the last good checkpoint is kept. "
                         "Lower LEARNING_RATE, MUON_LEARNING_RATE or GRADIENT_CLIP, raise "
@@ -733,8 +732,8 @@ def exit_if_asked(trainer, images, labels, stop):
     if number := over_processes(torch.tensor(max(stop, default=0)), "MAX").item():
         finish_average(trainer, images, labels)
         trainer.save("last")
-        print(f"stopped by {signal.Signals(number).name}, state saved in "
-              f"{checkpoint_path('last')}: run the same command again to go on", flush=True)
+        print(f"stopped by {signal.Signals(number).name}, saved in {checkpoint_path('last')}: "
+              f"{'' if RESUME else 'set RESUME = True, '}run the same command again to go on")
         sys.exit(128 + number)
 
 def train(trainer, images, labels, heldout, stop):
@@ -837,7 +836,8 @@ def report(model, folder, images, heldout):
           f"{PICTURE_DIR}/", flush=True)
     # A checkpoint has at most five numbers a parameter; an epoch's pictures at most 1 MB.
     needed = 20 * parameters * (4 + EPOCHS // CHECKPOINT_EVERY) + 10**6 * EPOCHS
-    if (free := shutil.disk_usage(".").free) < needed:
+    saved = sum(path.stat().st_size for path in Path().glob(str(checkpoint_path("*"))))
+    if (free := shutil.disk_usage(".").free + saved) < needed:
         raise UserError(f"{Path.cwd()} has {free / 1e6:.0f} MB free and this run needs "
                         f"{needed / 1e6:.0f}: free some, raise CHECKPOINT_EVERY or lower EPOCHS")
 
@@ -885,7 +885,7 @@ def main():
             return run(stop)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()  # NCCL between GPUs, gloo between CPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         stack.callback(dist.destroy_process_group)
         try:
             run(stop)

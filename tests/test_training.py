@@ -277,6 +277,45 @@ def test_checkpoint_of_an_older_version_is_refused(run, monkeypatch):
         run()
 
 
+def test_resumed_run_follows_a_change_of_rates_and_weight_decay(run, monkeypatch, pictures):
+    monkeypatch.setattr(script_unet, "EPOCHS", 1)
+    run()
+    changed = {"EPOCHS": 2, "LEARNING_RATE": 1e-3, "MUON_LEARNING_RATE": 0.01, "WEIGHT_DECAY": 0.3}
+    for name, value in changed.items():
+        monkeypatch.setattr(script_unet, name, value)
+    trainers, init = [], Trainer.__init__
+    monkeypatch.setattr(Trainer, "__init__", lambda trainer, device: (
+        trainers.append(trainer), init(trainer, device))[1])
+    run()
+    done = (1 + 500 / 600) / 2     # before the last step
+    for name, peak in (("adamw", 1e-3), ("muon", 0.01)):
+        group, = getattr(trainers[0], name).param_groups
+        assert group["weight_decay"] == 0.3
+        assert group["lr"] == pytest.approx(peak * (1 - done) ** 2)
+
+
+def test_run_stopped_with_resume_false_says_what_to_set_to_go_on(run, monkeypatch, capsys):
+    monkeypatch.setattr(script_unet, "RESUME", False)
+    before_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit):
+        run()
+    assert "set RESUME = True, run the same command again" in capsys.readouterr().out
+
+
+def test_disk_space_that_a_resumed_run_has_already_used_is_not_asked_for_again(run, monkeypatch):
+    monkeypatch.setattr(script_unet, "EPOCHS", 1)
+    run()
+    saved = sum(path.stat().st_size for path in Path().glob("*.pt"))
+    model = FashionMNISTUNetDenoiser()
+    needed = 20 * sum(p.numel() for p in model.parameters()) * 5 + 2 * 10**6  # of two epochs
+    monkeypatch.setattr(script_unet, "EPOCHS", 2)
+    for free, fits in ((needed - saved - 1, False), (needed - saved, True)):
+        usage = type("usage", (), {"free": free})
+        monkeypatch.setattr(script_unet.shutil, "disk_usage", lambda path, usage=usage: usage)
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="MB free"):
+            run()
+
+
 def test_second_run_in_the_folder_is_refused(run, monkeypatch):
     monkeypatch.setattr(script_unet, "EPOCHS", 1)
     before_step(monkeypatch, 3, main)
@@ -630,6 +669,22 @@ def test_cpu_computes_in_bf16_only_where_torch_reports_the_hardware(
         monkeypatch.setattr(tiny, "PRECISION", setting)
         assert sample(model, [0], steps=1).dtype == torch.float32
     assert kinds == [wanted, torch.float32, torch.bfloat16]
+
+
+def test_gpu_that_only_emulates_bf16_computes_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: (
+        including_emulation))
+    assert script_unet.precision(torch.device("cuda")) == "fp32"
+
+
+def test_model_too_thin_for_muon_trains(tiny, monkeypatch, pictures):
+    for name, value in (("CHANNELS", (8,)), ("BLOCKS", (1,)), ("ATTENTION_HEAD_DIM", 8)):
+        monkeypatch.setattr(tiny, name, value)
+    trainer = Trainer(CPU)
+    before = trainer.model.class_embedding.weight.detach().clone()
+    for _ in range(3):
+        trainer.step(*pictures)
+    assert not trainer.kernels and (trainer.model.class_embedding.weight != before).any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
