@@ -200,55 +200,37 @@ class PatchExpand(nn.Module):
 
 class DoubleConv(nn.Module):
     """Two 3 x 3 convolutions, each after batch normalization and hard swish; (B, C, H, W) -> same.
-    The embedding (B, E) scales and shifts every channel between the two. The second starts at
-    zero, so that a residual block starts as the identity."""
-    def __init__(self, channels, embedding_dim, dropout=0.0):
+    Separable, a quarter of the work: a 3 x 3 of each channel alone, batch normalization, and 1 x 1
+    to 2 C channels and back, after [11] figure 4. The embedding (B, E) scales and shifts each
+    channel half-way. The last starts at zero, so that a residual block starts as the identity."""
+    def __init__(self, channels, embedding_dim, dropout=0.0, separable=False):
         super().__init__()
-        self.norm1 = nn.BatchNorm2d(channels)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(channels)
-        self.scale_shift = nn.Linear(embedding_dim, 2 * channels)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        nn.init.zeros_(self.conv2.weight)
+        c, act, drop = channels, nn.Hardswish(), nn.Dropout(dropout)
+        conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
+        first = [conv(c, c, groups=c)] if separable else [nn.BatchNorm2d(c), act, conv(c, c)]
+        self.first, self.norm = nn.Sequential(*first), nn.BatchNorm2d(c)
+        self.scale_shift = nn.Linear(embedding_dim, 2 * c)
+        self.second = nn.Sequential(*[act, drop, conv(c, c)] if not separable else [
+            nn.Conv2d(c, 2 * c, 1), act, drop, nn.Conv2d(2 * c, c, 1, bias=False)])
+        nn.init.zeros_(self.second[-1].weight)
     def forward(self, x, emb):
         scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1)
-        x = self.conv1(F.hardswish(self.norm1(x)))                  # (B, C, H, W)
-        x = torch.addcmul(shift, self.norm2(x), 1 + scale)          # (B, C, H, W)
-        return self.conv2(self.dropout(F.hardswish(x)))             # (B, C, H, W)
-
-class SeparableConv(nn.Module):
-    """DoubleConv's cheap sister, a quarter of its work, after [11] figure 4; (B, C, H, W) -> same.
-    A 3 x 3 convolution of each channel alone, then two 1 x 1 with 2 C channels between."""
-    def __init__(self, channels, embedding_dim, dropout=0.0):
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
-        self.norm = nn.BatchNorm2d(channels)
-        self.scale_shift = nn.Linear(embedding_dim, 2 * channels)
-        self.conv2 = nn.Conv2d(channels, 2 * channels, 1)
-        self.dropout = nn.Dropout(dropout)
-        self.conv3 = nn.Conv2d(2 * channels, channels, 1, bias=False)
-        nn.init.zeros_(self.conv3.weight)
-    def forward(self, x, emb):
-        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1)
-        x = torch.addcmul(shift, self.norm(self.conv1(x)), 1 + scale)           # (B, C, H, W)
-        return self.conv3(self.dropout(F.hardswish(self.conv2(x))))             # (B, C, H, W)
+        return self.second(torch.addcmul(shift, self.norm(self.first(x)), 1 + scale))
 
 class ResBlock(nn.Module):
-    """x + conv(x, emb), a DoubleConv or SeparableConv; (B, C, H, W), (B, E) -> (B, C, H, W)."""
-    def __init__(self, channels, embedding_dim, dropout=0.0, conv=DoubleConv):
+    """x + DoubleConv(x, emb); (B, C, H, W), (B, E) -> (B, C, H, W)."""
+    def __init__(self, *args):
         super().__init__()
-        self.conv = conv(channels, embedding_dim, dropout)
+        self.double_conv = DoubleConv(*args)
     def forward(self, x, emb):
-        return x + self.conv(x, emb)
+        return x + self.double_conv(x, emb)
 
 class Down(nn.Module):
-    """To a coarser grid: PatchConv, then cheap blocks; (B, in, H, W) -> (B, out, H/p, W/p)."""
+    """To a coarser grid: PatchConv, then residual blocks; (B, in, H, W) -> (B, out, H/p, W/p)."""
     def __init__(self, in_channels, out_channels, patch_size, blocks, *block_args):
         super().__init__()
         self.patch_conv = PatchConv(in_channels, out_channels, patch_size)
-        self.blocks = nn.ModuleList(ResBlock(out_channels, *block_args, conv=SeparableConv)
-                                    for _ in range(blocks))
+        self.blocks = nn.ModuleList(ResBlock(out_channels, *block_args) for _ in range(blocks))
     def forward(self, x, emb):
         x = self.patch_conv(x)                                      # (B, out, H/p, W/p)
         for block in self.blocks:
@@ -282,9 +264,8 @@ class SelfAttention(nn.Module):
     def forward(self, x):
         b, c, h, w = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c)      # (B, N, C)
-        qkv = self.qkv(tokens).view(b, h * w, 3, self.heads, c // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, heads, N, d)
-        context = k.softmax(-2).to(v.dtype).transpose(-1, -2) @ v           # (B, heads, d, d)
+        q, k, v = self.qkv(tokens).view(b, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        context = k.softmax(-2).to(v.dtype).transpose(-1, -2) @ v   # (B, heads, N, d) to (.., d, d)
         mixed = (q.softmax(-1).to(v.dtype) @ context).transpose(1, 2)       # (B, N, heads, d)
         return x + self.out(mixed.reshape(b, h, w, c)).permute(0, 3, 1, 2)  # (B, C, H, W)
 
@@ -325,7 +306,7 @@ class FashionMNISTUNetDenoiser(nn.Module):
         nn.init.normal_(self.class_embedding.weight, std=0.5)
         widths, patches, top = (1, *channels), (c["PATCH_SIZE"], 2, 2, 2), len(channels) - 1
         self.downs = nn.ModuleList(Down(widths[i], widths[i + 1], patches[i], blocks[i], dim,
-                                        dropout) for i in range(top + 1))
+                                        dropout, True) for i in range(top + 1))     # separable
         self.attention = SelfAttention(channels[top], c["ATTENTION_HEAD_DIM"])
         self.middle = nn.ModuleList(ResBlock(channels[-1], dim, dropout) for _ in range(blocks[-1]))
         self.ups = nn.ModuleList(Up(channels[i + 1], channels[i], 2, blocks[i], dim, dropout)

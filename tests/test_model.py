@@ -58,10 +58,11 @@ def test_padding_is_shared_evenly_between_the_sides(patch):
         assert len(pixels) == 1 or 0 <= pixels[0] - pixels[-1] <= 1
 
 
+@pytest.mark.parametrize("separable", [False, True])
 @pytest.mark.parametrize("block", [DoubleConv, ResBlock])
 @pytest.mark.parametrize("height, width", SIZES)
-def test_block_keeps_the_shape_and_listens_to_the_embedding(block, height, width):
-    module, x = awake(block(6, 8)), torch.randn(2, 6, height, width)
+def test_block_keeps_the_shape_and_listens_to_the_embedding(block, height, width, separable):
+    module, x = awake(block(6, 8, 0.0, separable)), torch.randn(2, 6, height, width)
     y = module(x, torch.randn(2, 8))
     assert y.shape == x.shape
     assert (y - module(x, torch.randn(2, 8))).abs().max() > 1e-3
@@ -70,14 +71,34 @@ def test_block_keeps_the_shape_and_listens_to_the_embedding(block, height, width
 def test_untrained_residual_parts_are_the_identity():
     x, emb = torch.randn(2, 8, 5, 7), torch.randn(2, 12)
     for mode in (True, False):
-        assert torch.equal(ResBlock(8, 12).train(mode)(x, emb), x)
         assert torch.equal(SelfAttention(8, 4).train(mode)(x), x)
-        assert not DoubleConv(8, 12).train(mode)(x, emb).any()
+        for separable in (False, True):
+            assert torch.equal(ResBlock(8, 12, 0.0, separable).train(mode)(x, emb), x)
+            assert not DoubleConv(8, 12, 0.0, separable).train(mode)(x, emb).any()
 
 
+@pytest.mark.parametrize("separable", [False, True])
+def test_each_output_of_a_block_sees_three_by_three_pixels_a_convolution(separable):
+    block, emb = awake(DoubleConv(4, 8, 0.0, separable)), torch.randn(1, 8)
+    x, touched = torch.randn(1, 4, 9, 9), torch.randn(1, 4, 9, 9)
+    touched[..., 3:6, 3:6] = x[..., 3:6, 3:6]
+    same = (block(x, emb) - block(touched, emb)).abs().amax((0, 1)) < 1e-6
+    inner = torch.zeros(9, 9, dtype=torch.bool)
+    inner[4, 4] = separable     # one 3 x 3 convolution; the dense block has two, and sees 5 x 5
+    assert torch.equal(same, inner)
+
+
+def test_a_separable_block_costs_a_quarter():
+    inputs = torch.zeros(1, 64, 14, 14), torch.zeros(1, 32)
+    dense, separable = (operations(DoubleConv(64, 32, 0.0, separable), *inputs)
+                        for separable in (False, True))
+    assert separable < dense / 4
+
+
+@pytest.mark.parametrize("separable", [False, True])
 @pytest.mark.parametrize("block", [DoubleConv, ResBlock])
-def test_dropout_acts_in_training_alone(block):
-    module, x, emb = awake(block(8, 4, 0.5)), torch.randn(2, 8, 6, 6), torch.randn(2, 4)
+def test_dropout_acts_in_training_alone(block, separable):
+    module, x, emb = awake(block(8, 4, 0.5, separable)), torch.randn(2, 8, 6, 6), torch.randn(2, 4)
     assert torch.equal(module(x, emb), module(x, emb))
     module.train()
     assert not torch.equal(module(x, emb), module(x, emb))
