@@ -77,7 +77,7 @@ CHECKPOINT_PREFIX = "fashion_mnist_diffusion"  # what the checkpoints' names sta
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
                "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 NUM_CLASSES = len(CLASS_NAMES)  # labels 0 ... 9; label 10 is the null class: any of them
-FORMAT = 3  # of the checkpoints, raised when weights of an older version no longer fit
+FORMAT = 4  # of the checkpoints, raised when weights of an older version no longer fit
 MODEL_CONSTANTS = ("FORMAT", "IMG_SIZE", "NUM_CLASSES", "PATCH_SIZE", "CHANNELS", "BLOCKS",
                    "EMBEDDING_DIM", "ATTENTION_HEAD_DIM", "NUM_DIFFUSION_STEPS", "BETA_SCHEDULE",
                    "BETA_START", "BETA_END")  # what a trained model cannot do without
@@ -198,18 +198,18 @@ class PatchExpand(nn.Module):
         return x.contiguous(memory_format=torch.channels_last)
 
 class DoubleConv(nn.Module):
-    """Two 3 x 3 convolutions, each after batch normalization and hard swish; (B, C, H, W) -> same.
-    Separable, a quarter of the work and enough on the way down: a 3 x 3 of each channel alone,
+    """Convolutions 3 x 3 and `kernel` square, each after batch normalization and hard swish;
+    (B, C, H, W) -> same. Separable, for the way down, less work: a 3 x 3 of each channel alone,
     normalised, then 1 x 1 to 2 C channels and back, after [11] figure 4. Half-way, the embedding
     (B, E) scales and shifts. The last starts at zero: a residual block starts as the identity."""
-    def __init__(self, channels, embedding_dim, dropout=0.0, separable=False):
+    def __init__(self, channels, embedding_dim, dropout=0.0, separable=False, kernel=3):
         super().__init__()
         c, act, drop = channels, nn.Hardswish(), nn.Dropout(dropout)
-        conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
-        first = [conv(c, c, groups=c)] if separable else [nn.BatchNorm2d(c), act, conv(c, c)]
+        conv = functools.partial(nn.Conv2d, c, c, padding="same", bias=False)
+        first = [conv(3, groups=c)] if separable else [nn.BatchNorm2d(c), act, conv(3)]
         self.first, self.norm = nn.Sequential(*first), nn.BatchNorm2d(c)
         self.scale_shift = nn.Linear(embedding_dim, 2 * c)
-        self.second = nn.Sequential(*[act, drop, conv(c, c)] if not separable else [
+        self.second = nn.Sequential(*[act, drop, conv(kernel)] if not separable else [
             nn.Conv2d(c, 2 * c, 1), act, drop, nn.Conv2d(2 * c, c, 1, bias=False)])
         nn.init.zeros_(self.second[-1].weight)
     def forward(self, x, emb):
@@ -309,8 +309,8 @@ class FashionMNISTUNetDenoiser(nn.Module):
                                         dropout, True) for i in range(top + 1))     # separable
         self.attention = SelfAttention(channels[top], c["ATTENTION_HEAD_DIM"])
         self.middle = nn.ModuleList(ResBlock(channels[-1], dim, dropout) for _ in range(blocks[-1]))
-        self.ups = nn.ModuleList(Up(channels[i + 1], channels[i], 2, blocks[i], dim, dropout)
-                                 for i in reversed(range(top)))
+        self.ups = nn.ModuleList(Up(channels[i + 1], channels[i], 2, blocks[i], dim, dropout,
+                                    False, 1) for i in reversed(range(top)))  # 3 x 3, then 1 x 1
         self.norm = nn.BatchNorm2d(channels[0])
         self.to_pixels = PatchExpand(channels[0], 1, c["PATCH_SIZE"])
         for parameter in self.to_pixels.parameters():

@@ -77,14 +77,14 @@ def test_untrained_residual_parts_are_the_identity():
             assert not DoubleConv(8, 12, 0.0, separable).train(mode)(x, emb).any()
 
 
-@pytest.mark.parametrize("separable", [False, True])
-def test_each_output_of_a_block_sees_three_by_three_pixels_a_convolution(separable):
-    block, emb = awake(DoubleConv(4, 8, 0.0, separable)), torch.randn(1, 8)
+@pytest.mark.parametrize("separable, kernel, blind", [(False, 3, 0), (False, 1, 1), (True, 3, 1)])
+def test_each_output_of_a_block_sees_three_by_three_pixels_a_convolution(separable, kernel, blind):
+    block, emb = awake(DoubleConv(4, 8, 0.0, separable, kernel)), torch.randn(1, 8)
     x, touched = torch.randn(1, 4, 9, 9), torch.randn(1, 4, 9, 9)
     touched[..., 3:6, 3:6] = x[..., 3:6, 3:6]
     same = (block(x, emb) - block(touched, emb)).abs().amax((0, 1)) < 1e-6
     inner = torch.zeros(9, 9, dtype=torch.bool)
-    inner[4, 4] = separable     # one 3 x 3 convolution; the dense block has two, and sees 5 x 5
+    inner[4, 4] = blind         # with one 3 x 3 convolution; with two, it sees 5 x 5
     assert torch.equal(same, inner)
 
 
