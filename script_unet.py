@@ -65,7 +65,7 @@ BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled b
 # Sampling
 SAMPLING_STEPS = 20         # of the T steps; more are slower and a little better
 SAMPLING_ETA = 0.3          # share of DDPM's noise: 0: deterministic [6]; 1: ancestral [1, 3]
-GUIDANCE_SCALE = 2.0        # 1: none, half the cost; above: further away from a weaker model [10]
+GUIDANCE_SCALE = 0.0        # 0: 2, less in long runs; 1: none; above: away from a weaker model [10]
 # Machine and output, in the working directory
 PRECISION = "auto"          # "auto": bf16 where the hardware computes in it; or "bf16", "fp32"
 RESUME = True               # go on from the newest checkpoint; False sets older ones aside
@@ -103,7 +103,6 @@ def pick_device():
 # ---- Data: four gzipped IDX files, kept in memory as uint8 -------------------------------------
 DATA_FILES = {"train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
               "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")}
-
 def bad_data(path, reason):
     return UserError(f"{path} {reason}. Delete the file, and run again to download it, or first "
                      "`apt-get install dataset-fashion-mnist` on Debian or Ubuntu")
@@ -162,7 +161,6 @@ def load_fashion_mnist(split, folder=None):
 
 def to_float(images):  # 0 ... 255 to -1 ... 1
     return images.float() / 127.5 - 1
-
 def to_uint8(images):  # to_float's inverse, clipped
     return ((images + 1) * 127.5).round().clamp(0, 255).byte()
 
@@ -300,6 +298,7 @@ class FashionMNISTUNetDenoiser(nn.Module):
         self.constants = c = {**model_constants(), **(constants or {})}
         channels, blocks, dim = c["CHANNELS"], c["BLOCKS"], c["EMBEDDING_DIM"]
         self.register_buffer("abar", alphas_cumprod(c), persistent=False)
+        self.register_buffer("epochs", torch.tensor(0))  # trained, for the scale of guidance
         self.guide = (self,)  # what guidance leads away from, in a tuple: not a part of this
         self.time_mlp = nn.Sequential(nn.Linear(64, dim), nn.Hardswish(), nn.Linear(dim, dim))
         self.class_embedding = nn.Embedding(c["NUM_CLASSES"] + 1, dim)
@@ -390,6 +389,10 @@ def diffusion_loss(model, x_start, t, labels, noise):
     return error.square().mean((1, 2, 3)) / (1 - model.abar[t])     # v's error by x_start's
 
 # ---- Sampling ----------------------------------------------------------------------------------
+def guidance(model):
+    """GUIDANCE_SCALE or, for 0, by the epochs trained: 2 up to ten, then falling towards 1.5."""
+    return GUIDANCE_SCALE or 1.5 + 5 / max(10, model.epochs.item())
+
 @torch.no_grad()
 def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
            callback=lambda t, x_t: None, batch_size=500):
@@ -399,7 +402,7 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     Image i depends on seed and i alone: with any N and batch_size it is the same, up to 1e-4 in
     fp32. callback(t, x_t) sees all images before each step t and, with t = -1, the result."""
     steps, eta, scale, seed = (default if given is None else given for given, default in zip(
-        (steps, eta, guidance_scale, seed), (SAMPLING_STEPS, SAMPLING_ETA, GUIDANCE_SCALE, SEED)))
+        (steps, eta, guidance_scale, seed), (SAMPLING_STEPS, SAMPLING_ETA, guidance(model), SEED)))
     abar, size = model.abar.tolist() + [1.0], model.constants["IMG_SIZE"]
     labels = torch.as_tensor(labels, device=model.abar.device)
     streams = [generator("sample", seed, i) for i in range(len(labels))]
@@ -454,13 +457,13 @@ def finish_average(trainer, images, labels):
     """Make the averaged weights ready for sample(). The guide follows them for three epochs (in
     short runs, a quarter), then stays behind. It is told the class at three quarters strength."""
     refresh_batch_norm(trainer.average, images, labels)
+    trainer.average.epochs.fill_(trainer.progress["epoch"] + 1)
     if trainer.progress["epoch"] < min(3, EPOCHS / 4):
         trainer.guide.load_state_dict(trainer.average.state_dict())
         classes = trainer.guide.class_embedding.weight
         classes[:-1].lerp_(classes[-1], 0.25)
 
 NOISE_LEVELS = ("early", "middle", "late")  # thirds of the steps, from little to much noise
-
 def by_noise_level(losses, t, steps):
     """(2, 3) sums and counts of the losses (B,) in each third of the steps t (B,)."""
     level = F.one_hot(t * 3 // steps, 3).float()
@@ -530,7 +533,7 @@ def generate_visualizations(model, epoch, final=False):
         frames.append(x_t[::columns].cpu())                         # (10, 1, H, W)
     images = sample(model, torch.arange(NUM_CLASSES).repeat_interleave(columns), callback=watch)
     stem, steps = f"{PICTURE_DIR}/epoch_{epoch}", f"{len(frames) - 1} of {len(model.abar)} steps"
-    about = f"epoch {epoch}, {steps}, guidance {GUIDANCE_SCALE:g}"
+    about = f"epoch {epoch}, {steps}, guidance {guidance(model):.3g}"
     draw_classes(images, range(1, columns + 1), f"Samples, {about}",
                  "final_fashion_mnist_samples.png" if final else f"{stem}_samples.png")
     if final:
@@ -558,7 +561,6 @@ def draw_losses(history):
 
 # ---- Checkpoints -------------------------------------------------------------------------------
 TRAINED = ("model", "average", "guide", "muon", "adamw")  # a Trainer's, and a checkpoint's
-
 def checkpoint_path(what):  # "last", "best_model" or "epoch_10"
     return Path(f"{CHECKPOINT_PREFIX}_{what}.pt")
 
@@ -578,13 +580,12 @@ def read_checkpoint(path):
 
 def load_denoiser(path, device=None):
     """A checkpoint's averaged model and guide, in eval mode, for sample(). Raises UserError."""
-    state = read_checkpoint(path)
+    state, device = read_checkpoint(path), device or pick_device()
     try:
         model, guide = both = [FashionMNISTUNetDenoiser(state["constants"]) for _ in range(2)]
         for part, name in zip(both, ("average", "guide")):
             part.load_state_dict(state[name])
-            part.to(device or pick_device(), memory_format=torch.channels_last)
-            part.eval().requires_grad_(False)
+            part.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path} does not fit this script's model: {error}") from error
     model.guide = (guide,)
@@ -773,9 +774,8 @@ ALLOWED = {
     "ATTENTION_HEAD_DIM": (64, 1, 1e4), "NUM_DIFFUSION_STEPS": (100, 2, 1e5),
     "BETA_SCHEDULE": ("cosine", "linear"), "BETA_START": (1e-4, 1e-9, 1),
     "BETA_END": (0.02, 1e-9, 1), "SAMPLING_STEPS": (20, 1, 1e5), "SAMPLING_ETA": (0.3, 0, 1),
-    "GUIDANCE_SCALE": (2.0, 0, 100), "PRECISION": ("auto", "bf16", "fp32"), "RESUME": (True, False),
+    "GUIDANCE_SCALE": (0.0, 0, 100), "PRECISION": ("auto", "bf16", "fp32"), "RESUME": (True, False),
     "CHECKPOINT_EVERY": (10, 1, 1e6), "PICTURE_COLUMNS": (10, 2, 100)}
-
 def check_constants():
     """Raise UserError naming each constant that cannot work, what is allowed and what it is."""
     wrong = []

@@ -7,8 +7,8 @@ from conftest import Predictor, awake
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 import script_unet
-from script_unet import (FashionMNISTUNetDenoiser, alphas_cumprod, diffusion_loss, posterior,
-                         predict_x_start, q_sample, sample, x_start_from_v)
+from script_unet import (FashionMNISTUNetDenoiser, alphas_cumprod, diffusion_loss, guidance,
+                         posterior, predict_x_start, q_sample, sample, x_start_from_v)
 
 KINDS = ("cosine", "linear")
 
@@ -306,6 +306,17 @@ def test_model_without_a_guide_is_its_own_and_unchanged(model):
     options = {"steps": 4, "eta": 0.0}
     close(sample(model, [1, 2], guidance_scale=3.0, **options),
           sample(model, [1, 2], guidance_scale=1.0, **options), 1e-4)
+
+
+@pytest.mark.parametrize("epochs, scale", [(0, 2), (3, 2), (10, 2), (20, 1.75), (100, 1.55)])
+def test_longer_training_needs_less_guidance(model, monkeypatch, epochs, scale):
+    model.guide = (awake(FashionMNISTUNetDenoiser(), seed=1),)
+    model.epochs.fill_(epochs)
+    named, by_constant = sample(model, [1], 3, guidance_scale=scale), sample(model, [1], 3)
+    monkeypatch.setattr(script_unet, "GUIDANCE_SCALE", 0.0)
+    assert guidance(model) == pytest.approx(scale)
+    close(sample(model, [1], 3), named)
+    assert (named - by_constant).abs().max() > 1e-3     # by GUIDANCE_SCALE = 1, whatever the epochs
 
 
 @pytest.mark.parametrize("scale, calls", [(1.0, 4), (1.5, 8)])

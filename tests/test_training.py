@@ -455,6 +455,7 @@ def test_loaded_denoiser_is_guided_by_the_checkpoints_guide(undisturbed):
     model, state = load_denoiser(path, CPU), read_checkpoint(path)
     assert same(dict(model.guide[0].state_dict()), dict(state["guide"]))
     assert not model.guide[0].training and not same(state["guide"], state["average"])
+    assert model.epochs == state["progress"]["epoch"] > 0
     drawn = [sample(model, [1, 2], guidance_scale=scale) for scale in (1.0, 3.0)]
     assert (drawn[0] - drawn[1]).abs().max() > 1e-3
 
