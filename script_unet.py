@@ -64,8 +64,8 @@ BETA_START = 1e-4           # linear only: the first beta at T = 1000, rescaled 
 BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled by 1000 / T
 # Sampling
 SAMPLING_STEPS = 20         # of the T steps; more are slower and a little better
-SAMPLING_ETA = 0.3          # share of DDPM's noise: 0: deterministic [6]; 1: ancestral [1, 3]
-GUIDANCE_SCALE = 0.0        # 0: 2, less in long runs; 1: none; above: away from a weaker model [10]
+SAMPLING_ETA = 0.5          # share of DDPM's noise: 0: deterministic [6]; 1: ancestral [1, 3]
+GUIDANCE_SCALE = 0.0        # 0: see guidance(); 1: none; above: away from a weaker model [10]
 # Machine and output, in the working directory
 PRECISION = "auto"          # "auto": bf16 where the hardware computes in it; or "bf16", "fp32"
 RESUME = True               # go on from the newest checkpoint; False sets older ones aside
@@ -390,8 +390,8 @@ def diffusion_loss(model, x_start, t, labels, noise):
 
 # ---- Sampling ----------------------------------------------------------------------------------
 def guidance(model):
-    """GUIDANCE_SCALE or, for 0, by the epochs trained: 2 up to ten, then falling towards 1.5."""
-    return GUIDANCE_SCALE or 1.5 + 5 / max(10, model.epochs.item())
+    """GUIDANCE_SCALE or, for 0, by the epochs trained: 2.25 up to ten, then towards 1.65."""
+    return GUIDANCE_SCALE or 1.65 + 6 / max(10, model.epochs.item())
 
 @torch.no_grad()
 def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
@@ -455,13 +455,13 @@ def refresh_batch_norm(model, images, labels, batches=20, batch_size=256):
 @torch.no_grad()
 def finish_average(trainer, images, labels):
     """Make the averaged weights ready for sample(). The guide follows them for three epochs (in
-    short runs, a quarter), then stays behind. It is told the class at three quarters strength."""
+    short runs, a quarter), then stays behind. It is told the class at four fifths strength."""
     refresh_batch_norm(trainer.average, images, labels)
     trainer.average.epochs.fill_(trainer.progress["epoch"] + 1)
     if trainer.progress["epoch"] < min(3, EPOCHS / 4):
         trainer.guide.load_state_dict(trainer.average.state_dict())
         classes = trainer.guide.class_embedding.weight
-        classes[:-1].lerp_(classes[-1], 0.25)
+        classes[:-1].lerp_(classes[-1], 0.2)
 
 NOISE_LEVELS = ("early", "middle", "late")  # thirds of the steps, from little to much noise
 def by_noise_level(losses, t, steps):
@@ -773,7 +773,7 @@ ALLOWED = {
     "BLOCKS": ((1, 1, 1), 0, 100), "EMBEDDING_DIM": (256, 1, 1e5),
     "ATTENTION_HEAD_DIM": (64, 1, 1e4), "NUM_DIFFUSION_STEPS": (100, 2, 1e5),
     "BETA_SCHEDULE": ("cosine", "linear"), "BETA_START": (1e-4, 1e-9, 1),
-    "BETA_END": (0.02, 1e-9, 1), "SAMPLING_STEPS": (20, 1, 1e5), "SAMPLING_ETA": (0.3, 0, 1),
+    "BETA_END": (0.02, 1e-9, 1), "SAMPLING_STEPS": (20, 1, 1e5), "SAMPLING_ETA": (0.5, 0, 1),
     "GUIDANCE_SCALE": (0.0, 0, 100), "PRECISION": ("auto", "bf16", "fp32"), "RESUME": (True, False),
     "CHECKPOINT_EVERY": (10, 1, 1e6), "PICTURE_COLUMNS": (10, 2, 100)}
 def check_constants():
