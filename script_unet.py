@@ -65,7 +65,7 @@ BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled b
 # Sampling
 SAMPLING_STEPS = 20         # of the T steps; more are slower and a little better
 SAMPLING_ETA = 0.5          # share of DDPM's noise: 0: deterministic [6]; 1: ancestral [1, 3]
-GUIDANCE_SCALE = 0.0        # 0: see guidance(); 1: none; above: away from a weaker model [10]
+GUIDANCE_SCALE = 0.0        # how far from a weaker model [10]; 1: none; 0: 2.25, less in long runs
 # Machine and output, in the working directory
 PRECISION = "auto"          # "auto": bf16 where the hardware computes in it; or "bf16", "fp32"
 RESUME = True               # go on from the newest checkpoint; False sets older ones aside
