@@ -197,7 +197,7 @@ class PatchExpand(nn.Module):
 
 class DoubleConv(nn.Module):
     """Convolutions 3 x 3 and `kernel` square, each after batch normalization and hard swish;
-    (B, C, H, W) -> same. Separable, for the way down, less work: a 3 x 3 of each channel alone,
+    (B, C, H, W) -> same. Or separable, less work, for the way down: a 3 x 3 of each channel alone,
     normalised, then 1 x 1 to 2 C channels and back, after [11] figure 4. Half-way, the embedding
     (B, E) scales and shifts. The last starts at zero: a residual block starts as the identity."""
     def __init__(self, channels, embedding_dim, dropout=0.0, separable=False, kernel=3):
@@ -298,7 +298,7 @@ class FashionMNISTUNetDenoiser(nn.Module):
         self.constants = c = {**model_constants(), **(constants or {})}
         channels, blocks, dim = c["CHANNELS"], c["BLOCKS"], c["EMBEDDING_DIM"]
         self.register_buffer("abar", alphas_cumprod(c), persistent=False)
-        self.register_buffer("epochs", torch.tensor(0))  # trained, for the scale of guidance
+        self.register_buffer("epochs", torch.tensor(0))  # of training; see guidance()
         self.guide = (self,)  # what guidance leads away from, in a tuple: not a part of this
         self.time_mlp = nn.Sequential(nn.Linear(64, dim), nn.Hardswish(), nn.Linear(dim, dim))
         self.class_embedding = nn.Embedding(c["NUM_CLASSES"] + 1, dim)
@@ -397,19 +397,19 @@ def guidance(model):
 def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
            callback=lambda t, x_t: None, batch_size=500):
     """Images (N, 1, H, W) in [-1, 1] of the labels (N,), on the model's device.
-    steps of the T, eta, guidance_scale and seed default to the constants. eta = 1 with steps = T
-    is DDPM [1], eta = 0 the deterministic second-order solver [6], between: [6] with DDIM's noise.
+    steps of the T, eta and seed default to the constants, the scale to guidance(). eta = 1 with T
+    steps is DDPM [1], eta = 0 the second-order solver [6], between: [6] with DDIM's noise.
     Image i depends on seed and i alone: with any N and batch_size it is the same, up to 1e-4 in
     fp32. callback(t, x_t) sees all images before each step t and, with t = -1, the result."""
-    steps, eta, scale, seed = (default if given is None else given for given, default in zip(
-        (steps, eta, guidance_scale, seed), (SAMPLING_STEPS, SAMPLING_ETA, guidance(model), SEED)))
+    steps, eta, seed = (default if given is None else given for given, default in zip(
+        (steps, eta, seed), (SAMPLING_STEPS, SAMPLING_ETA, SEED)))
     abar, size = model.abar.tolist() + [1.0], model.constants["IMG_SIZE"]
     labels = torch.as_tensor(labels, device=model.abar.device)
     streams = [generator("sample", seed, i) for i in range(len(labels))]
     def fresh_noise():  # a stream an image, on the CPU: the same on all machines, in any batch
         noise = [torch.randn(1, 1, size, size, generator=stream) for stream in streams]
         return torch.cat([torch.empty(0, 1, size, size), *noise]).to(labels.device)
-    x_t, before = fresh_noise(), None
+    x_t, before, scale = fresh_noise(), None, guidance_scale or guidance(model)
     # From T-1 to 0; where there are gaps, they are narrowest at the noise and widest half-way
     u = np.linspace(1, 0, min(steps, len(model.abar)))
     u += (1 - len(u) / len(model.abar)) * u * (1 - u) * (5 * u - 1) / 4
@@ -457,7 +457,7 @@ def finish_average(trainer, images, labels):
     """Make the averaged weights ready for sample(). The guide follows them for three epochs (in
     short runs, a quarter), then stays behind. It is told the class at four fifths strength."""
     refresh_batch_norm(trainer.average, images, labels)
-    trainer.average.epochs.fill_(trainer.progress["epoch"] + 1)
+    trainer.average.epochs.fill_(trainer.progress["epoch"] + (trainer.progress["position"] > 0))
     if trainer.progress["epoch"] < min(3, EPOCHS / 4):
         trainer.guide.load_state_dict(trainer.average.state_dict())
         classes = trainer.guide.class_embedding.weight

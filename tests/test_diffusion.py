@@ -316,7 +316,14 @@ def test_longer_training_needs_less_guidance(model, monkeypatch, epochs, scale):
     monkeypatch.setattr(script_unet, "GUIDANCE_SCALE", 0.0)
     assert guidance(model) == pytest.approx(scale)
     close(sample(model, [1], 3), named)
+    close(sample(model, [1], 3, guidance_scale=0), named)
     assert (named - by_constant).abs().max() > 1e-3     # by GUIDANCE_SCALE = 1, whatever the epochs
+
+
+def test_a_model_that_counts_no_epochs_samples_with_a_named_scale(monkeypatch):
+    monkeypatch.setattr(script_unet, "GUIDANCE_SCALE", 0.0)
+    predictor = Predictor(lambda x_t, t, labels: 0.5 + 0 * x_t)
+    close(sample(predictor, [0], guidance_scale=1.0), torch.full((1, 1, 28, 28), 0.5))
 
 
 @pytest.mark.parametrize("scale, calls", [(1.0, 4), (1.5, 8)])

@@ -72,9 +72,9 @@ def test_untrained_residual_parts_are_the_identity():
     x, emb = torch.randn(2, 8, 5, 7), torch.randn(2, 12)
     for mode in (True, False):
         assert torch.equal(SelfAttention(8, 4).train(mode)(x), x)
-        for separable in (False, True):
-            assert torch.equal(ResBlock(8, 12, 0.0, separable).train(mode)(x, emb), x)
-            assert not DoubleConv(8, 12, 0.0, separable).train(mode)(x, emb).any()
+        for kind in ((False, 3), (False, 1), (True,)):
+            assert torch.equal(ResBlock(8, 12, 0.0, *kind).train(mode)(x, emb), x)
+            assert not DoubleConv(8, 12, 0.0, *kind).train(mode)(x, emb).any()
 
 
 @pytest.mark.parametrize("separable, kernel, blind", [(False, 3, 0), (False, 1, 1), (True, 3, 1)])
@@ -213,6 +213,13 @@ def test_prediction_depends_on_time_and_on_each_class_and_the_null_class(tiny):
 def test_default_model_uses_every_block():
     used = {type(module) for module in FashionMNISTUNetDenoiser().modules()}
     assert used >= {PatchConv, PatchExpand, DoubleConv, ResBlock, Down, Up, SelfAttention}
+
+
+def test_the_way_up_ends_its_blocks_with_one_by_one():
+    model = FashionMNISTUNetDenoiser()
+    kernels = [[block.double_conv.second[-1].kernel_size for block in blocks]
+               for blocks in (*(up.blocks for up in model.ups), model.middle)]
+    assert kernels == [[(1, 1)], [(1, 1)], [(3, 3)]]
 
 
 def test_default_model_fits_its_budget():

@@ -136,6 +136,8 @@ def test_every_checkpoint_loads_and_samples(undisturbed, what):
     # Under the default constants: the checkpoint knows the model's own
     model = load_denoiser(str(checkpoint(what, undisturbed[0])), "cpu")
     assert not model.training and not any(p.requires_grad for p in model.parameters())
+    path = checkpoint(what, undisturbed[0])
+    assert model.epochs == read_checkpoint(path)["progress"]["epoch"] > 0
     images = sample(model, range(10), steps=3)
     assert images.shape == (10, 1, 28, 28) and images.isfinite().all()
 
@@ -175,6 +177,22 @@ def test_stopped_run_says_so_and_goes_on_bit_for_bit(
     assert_as_undisturbed(undisturbed)
 
 
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_run_stopped_between_epochs_goes_on_bit_for_bit(run, undisturbed, monkeypatch, epochs):
+    def stop_after(history):
+        if len(history) == epochs:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script_unet, "draw_losses", stop_after)
+        with pytest.raises(SystemExit):
+            run()
+    progress = read_checkpoint(checkpoint("last"))["progress"]
+    assert progress["epoch"] == epochs and progress["position"] == 0
+    run()
+    assert_as_undisturbed(undisturbed)
+
+
 class Malice:
     """An object whose pickle, when it is loaded the careless way, leaves a file "executed"."""
 
@@ -183,7 +201,7 @@ class Malice:
 
 
 def not_a_number(state):
-    next(iter(state["model"].values())).fill_(float("nan"))
+    state["model"]["class_embedding.weight"].fill_(float("nan"))
     return state
 
 
@@ -455,7 +473,6 @@ def test_loaded_denoiser_is_guided_by_the_checkpoints_guide(undisturbed):
     model, state = load_denoiser(path, CPU), read_checkpoint(path)
     assert same(dict(model.guide[0].state_dict()), dict(state["guide"]))
     assert not model.guide[0].training and not same(state["guide"], state["average"])
-    assert model.epochs == state["progress"]["epoch"] > 0
     drawn = [sample(model, [1, 2], guidance_scale=scale) for scale in (1.0, 3.0)]
     assert (drawn[0] - drawn[1]).abs().max() > 1e-3
 
@@ -742,7 +759,8 @@ def test_picture_has_a_row_a_class_and_columns_in_order_on_a_fixed_gray_scale(
         assert np.diff(along[0]).min() > 20 and np.ptp(np.diff(along[0])) <= 4
 
 
-def test_pictures_name_classes_steps_epoch_and_guidance(tiny, monkeypatch):
+@pytest.mark.parametrize("scale, epochs, shown", [(2.5, 20, "2.5"), (0.0, 20, "1.95")])
+def test_pictures_name_classes_steps_epoch_and_guidance(tiny, monkeypatch, scale, epochs, shown):
     figures, save = [], Figure.savefig
 
     def watched(figure, *args, **options):
@@ -751,12 +769,14 @@ def test_pictures_name_classes_steps_epoch_and_guidance(tiny, monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", watched)
     monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 3)
-    monkeypatch.setattr(tiny, "GUIDANCE_SCALE", 2.5)
-    generate_visualizations(FashionMNISTUNetDenoiser(), 7)
+    monkeypatch.setattr(tiny, "GUIDANCE_SCALE", scale)
+    model = FashionMNISTUNetDenoiser()
+    model.epochs.fill_(epochs)
+    generate_visualizations(model, 7)
     assert len(figures) == 2
     for figure in figures:
         axes, = figure.axes
-        for part in ("epoch 7", "4 of 20 steps", "guidance 2.5"):
+        for part in ("epoch 7", "4 of 20 steps", f"guidance {shown}"):
             assert part in axes.get_title()
         names = [label.get_text() for label in axes.get_yticklabels()]
         assert names == list(tiny.CLASS_NAMES) and axes.axison

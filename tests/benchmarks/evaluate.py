@@ -314,7 +314,7 @@ def main():
                         help="images of each class, default 200")
     parser.add_argument("--steps", type=int, help="default SAMPLING_STEPS")
     parser.add_argument("--eta", type=float, help="default SAMPLING_ETA")
-    parser.add_argument("--guidance", type=float, help="default GUIDANCE_SCALE")
+    parser.add_argument("--guidance", type=float, help="default, and for 0, script_unet.guidance()")
     parser.add_argument("--guide", metavar="CHECKPOINT",
                         help="whose averaged weights guide; default: the checkpoint's own guide")
     parser.add_argument("--guide-dropout", type=float, default=0.2, metavar="SHARE",
