@@ -114,7 +114,7 @@ def test_full_disk_leaves_the_last_files_and_a_run_that_goes_on(
 
 
 def test_reader_that_polls_never_meets_half_a_file(tmp_path, monkeypatch):
-    set_tiny(monkeypatch, tmp_path, EPOCHS=2, PICTURE_COLUMNS=2)
+    set_tiny(monkeypatch, tmp_path, EPOCHS=4, PICTURE_COLUMNS=2)
     done, seen, broken = threading.Event(), [], []
 
     def poll():

@@ -134,9 +134,9 @@ def test_checkpoints_hold_averaged_weights_of_the_logged_heldout_loss(undisturbe
 @pytest.mark.parametrize("what", ["last", "best_model", "epoch_2"])
 def test_every_checkpoint_loads_and_samples(undisturbed, what):
     # Under the default constants: the checkpoint knows the model's own
-    model = load_denoiser(str(checkpoint(what, undisturbed[0])), "cpu")
-    assert not model.training and not any(p.requires_grad for p in model.parameters())
     path = checkpoint(what, undisturbed[0])
+    model = load_denoiser(str(path), "cpu")
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert model.epochs == read_checkpoint(path)["progress"]["epoch"] > 0
     images = sample(model, range(10), steps=3)
     assert images.shape == (10, 1, 28, 28) and images.isfinite().all()
