@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import io
 import os
 import random
 import resource
@@ -29,7 +30,8 @@ def start(folder, *lines, processes=1):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.Popen(
         [sys.executable, *torchrun * (processes > 1), str(ROOT / "tests" / "tiny_run.py"), *lines],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
              "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])})
 
@@ -62,16 +64,20 @@ def undisturbed(tmp_path_factory):
 
 
 def test_run_killed_a_dozen_times_ends_as_the_undisturbed_one(undisturbed, tmp_path):
-    draw = random.Random(0)
+    draw, server = random.Random(0), start(tmp_path, *LONG, "fork_for_each_line()")
+
+    def answer(word):
+        """The rest of the next line of standard output that starts with the word."""
+        return next(line.removeprefix(word) for line in server.stdout if line.startswith(word))
+
     for _ in range(12):
-        process = start(tmp_path, *LONG)
-        for line in process.stdout:     # until the model is built
-            if line.startswith("outputs"):
-                break
+        print(file=server.stdin, flush=True)
+        pid = int(answer("forked"))
+        answer("outputs")                   # the model is built
         time.sleep(draw.uniform(0, 0.8))    # about an epoch: in steps, pictures and saves
-        process.send_signal(signal.SIGKILL)
-        status, _, err = finish(process)
-        assert status == -signal.SIGKILL, err
+        os.kill(pid, signal.SIGKILL)
+        assert int(answer("ended")) == -signal.SIGKILL
+    finish(server)
     status, _, err = finish(start(tmp_path, *LONG))
     assert status == 0, err
     expected = undisturbed()
@@ -113,8 +119,19 @@ def test_full_disk_leaves_the_last_files_and_a_run_that_goes_on(
     assert read_checkpoint(checkpoint("last"))["progress"]["epoch"] == epochs + 1
 
 
+class SlowFile(io.FileIO):
+    """A file on a slow disk: of what is written, the second half arrives a little later."""
+
+    def write(self, data):
+        written = super().write(data[:len(data) // 2])
+        time.sleep(0.05)
+        return written + super().write(data[written:])
+
+
 def test_reader_that_polls_never_meets_half_a_file(tmp_path, monkeypatch):
-    set_tiny(monkeypatch, tmp_path, EPOCHS=4, PICTURE_COLUMNS=2)
+    set_tiny(monkeypatch, tmp_path, EPOCHS=2, PICTURE_COLUMNS=2)
+    monkeypatch.setattr(script_unet, "open", lambda path, mode: (
+        SlowFile if mode == "wb" else open)(path, mode), raising=False)
     done, seen, broken = threading.Event(), [], []
 
     def poll():

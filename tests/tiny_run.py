@@ -40,6 +40,21 @@ def kill_at(step, rank, number=signal.SIGKILL):
     script_unet.Trainer.step = outer
 
 
+def fork_for_each_line():
+    """Let a fork go on for each line of standard input, and print its number and how it ended.
+
+    As real a process as any, but torch, whose import takes seconds, is there already.
+    """
+    for _ in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            return
+        print(f"forked {pid}", flush=True)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(f"\nended {status}", flush=True)  # the line that was cut off may have no end
+    os._exit(0)
+
+
 def note_memory():
     """Have resident memory in bytes, a line an epoch, written to the file "memory"."""
     inner = script_unet.finish_epoch
