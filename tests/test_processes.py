@@ -68,7 +68,10 @@ def test_run_killed_a_dozen_times_ends_as_the_undisturbed_one(undisturbed, tmp_p
 
     def answer(word):
         """The rest of the next line of standard output that starts with the word."""
-        return next(line.removeprefix(word) for line in server.stdout if line.startswith(word))
+        for line in server.stdout:
+            if line.startswith(word):
+                return line.removeprefix(word)
+        return pytest.fail(f"no more {word!r}: {server.stderr.read()}")
 
     for _ in range(12):
         print(file=server.stdin, flush=True)
@@ -77,9 +80,9 @@ def test_run_killed_a_dozen_times_ends_as_the_undisturbed_one(undisturbed, tmp_p
         time.sleep(draw.uniform(0, 0.8))    # about an epoch: in steps, pictures and saves
         os.kill(pid, signal.SIGKILL)
         assert int(answer("ended")) == -signal.SIGKILL
-    finish(server)
-    status, _, err = finish(start(tmp_path, *LONG))
-    assert status == 0, err
+    for process in (server, start(tmp_path, *LONG)):
+        status, _, err = finish(process)
+        assert status == 0, err
     expected = undisturbed()
     for path in expected.rglob("*"):
         mine = tmp_path / path.relative_to(expected)

@@ -41,9 +41,10 @@ def kill_at(step, rank, number=signal.SIGKILL):
 
 
 def fork_for_each_line():
-    """Let a fork go on for each line of standard input, and print its number and how it ended.
+    """Let a fork go on for each line of standard input; print its number and how it ended.
 
-    As real a process as any, but torch, whose import takes seconds, is there already.
+    As real a process as any, but torch, whose import takes seconds, is there already. Ends with
+    the input, or when a fork ends otherwise than by SIGKILL.
     """
     for _ in sys.stdin:
         pid = os.fork()
@@ -52,6 +53,8 @@ def fork_for_each_line():
         print(f"forked {pid}", flush=True)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         print(f"\nended {status}", flush=True)  # the line that was cut off may have no end
+        if status != -signal.SIGKILL:
+            os._exit(1)
     os._exit(0)
 
 
