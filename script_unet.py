@@ -63,8 +63,8 @@ BETA_SCHEDULE = "cosine"    # "cosine" [2] or "linear" [1]
 BETA_START = 1e-4           # linear only: the first beta at T = 1000, rescaled by 1000 / T
 BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled by 1000 / T
 # Sampling
-SAMPLING_STEPS = 25         # of the T steps; more are slower and a little better
-SAMPLING_ETA = 0.5          # share of DDPM's noise: 0: deterministic [6]; 1: ancestral [1, 3]
+SAMPLING_STEPS = 31         # of the T steps; more are slower and a little better
+SAMPLING_ETA = 0.2          # share of DDPM's noise: 0: deterministic [6]; 1: ancestral [1, 3]
 GUIDANCE_SCALE = 0.0        # how far from a weaker model [10]; 1: none; 0: 2.25, less in long runs
 # Machine and output, in the working directory
 PRECISION = "auto"          # "auto": bf16 where the hardware computes in it; or "bf16", "fp32"
@@ -368,25 +368,20 @@ def precision(device):
             "cpu": cpu.get("avx512_bf16") or cpu.get("amx_bf16")}
     return PRECISION if PRECISION != "auto" else "bf16" if fast.get(device.type) else "fp32"
 
-def predict_x_start(model, x_t, t, labels, guidance_scale=1.0):
-    """The model's x_start (B, 1, H, W), float32, not clipped. Guided, what the model
-    adds to its weaker guide is extrapolated ([5] eq. 6 with the guide of [10]). Both are clipped
-    first: where both overshoot they agree, and a difference would be grain in the background."""
-    if guidance_scale != 1:
-        weak, strong = (predict_x_start(part, x_t, t, labels).clamp(-1, 1)
-                        for part in (*model.guide, model))
-        return weak + guidance_scale * (strong - weak)
+def predict_x_start(model, x_t, t, labels):
+    """The model's x_start (B, 1, H, W), float32, not clipped."""
     with torch.autocast(t.device.type, torch.bfloat16, enabled=precision(t.device) == "bf16"):
         v = model(x_t.contiguous(memory_format=torch.channels_last), t, labels)
     return x_start_from_v(x_t, t, v.float(), model.abar)
 
 def diffusion_loss(model, x_start, t, labels, noise):
-    """Mean squared error of v for each image, (B,), apart from overshoot.
-    Pixels end at -1 and 1 (half of all are exactly -1), and sampling clips there: a prediction
-    beyond is right. Punished, it would leave half of the background too bright, as grain."""
+    """Mean squared error of v for each image, (B,), apart from overshoot: sampling clips to -1, 1,
+    and half of all pixels are exactly -1. Punished, overshoot would leave them brighter, as grain.
+    At t = 0, whose prediction is the picture, absolute error: best is the median, often black."""
     error = predict_x_start(model, q_sample(x_start, t, noise, model.abar), t, labels) - x_start
     error = error.masked_fill((x_start.abs() >= 1) & (error * x_start > 0), 0)
-    return error.square().mean((1, 2, 3)) / (1 - model.abar[t])     # v's error by x_start's
+    error = error / (1 - model.abar[t]).sqrt().view(-1, 1, 1, 1)    # v's error by x_start's
+    return torch.where(t.view(-1, 1, 1, 1) == 0, error.abs(), error.square()).mean((1, 2, 3))
 
 # ---- Sampling ----------------------------------------------------------------------------------
 def guidance(model):
@@ -399,6 +394,9 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     """Images (N, 1, H, W) in [-1, 1] of the labels (N,), on the model's device.
     steps of the T, eta and seed default to the constants, the scale to guidance(). eta = 1 with T
     steps is DDPM [1], eta = 0 the second-order solver [6], between: [6] with DDIM's noise.
+    What the model adds to its weaker guide is extrapolated ([5] eq. 6, the guide of [10]), both
+    clipped first: a difference between two overshoots would be grain in the background. It
+    changes slowly: it is measured at every other step, and kept for the next.
     Image i depends on seed and i alone: with any N and batch_size it is the same, up to 1e-4 in
     fp32. callback(t, x_t) sees all images before each step t and, with t = -1, the result."""
     steps, eta, seed = (default if given is None else given for given, default in zip(
@@ -409,16 +407,20 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     def fresh_noise():  # a stream an image, on the CPU: the same on all machines, in any batch
         noise = [torch.randn(1, 1, size, size, generator=stream) for stream in streams]
         return torch.cat([torch.empty(0, 1, size, size), *noise]).to(labels.device)
-    x_t, before, scale = fresh_noise(), None, guidance_scale or guidance(model)
+    def predict(part):  # x_start (N, 1, H, W)
+        return torch.cat([predict_x_start(part, x, torch.full_like(y, t), y) for x, y in zip(
+            x_t.split(batch_size), labels.split(batch_size))]).clamp(-1, 1)
+    x_t, before, scale, added = fresh_noise(), None, guidance_scale or guidance(model), 0
     # From T-1 to 0; where there are gaps, they are narrowest at both ends, most at the noise
     u = np.linspace(1, 0, min(steps, len(model.abar)))
     u += (1 - len(u) / len(model.abar)) * u * (1 - u) * (7 * u - 3) / 4
     visited = (u * (len(model.abar) - 1)).round().astype(int)
-    for t, t_next in zip(visited.tolist(), [*visited[1:], -1]):  # abar[-1] is 1, the image's
+    for i, (t, t_next) in enumerate(zip(visited.tolist(), [*visited[1:], -1])):
         callback(t, x_t)
-        batches = zip(x_t.split(batch_size), labels.split(batch_size))
-        x_start = estimate = torch.cat([predict_x_start(model, x, torch.full_like(y, t), y, scale)
-                                        for x, y in batches]).clamp(-1, 1)  # (N, 1, H, W)
+        strong = predict(model)
+        if scale != 1 and i % 2 == 0:
+            added = strong - predict(*model.guide)
+        x_start = estimate = (strong + (scale - 1) * added).clamp(-1, 1)    # (N, 1, H, W)
         if eta < 1 and t_next >= 0:
             # [6] algorithm 2: x_start extrapolated linearly in lambda = log(SNR) / 2
             now, then = (math.log(a / (1 - a)) / 2 for a in (abar[t], abar[t_next]))
@@ -452,7 +454,6 @@ def refresh_batch_norm(model, images, labels, batches=20, batch_size=256):
         diffusion_loss(model, to_float(images[pick]), t, labels[pick], noise)
     model.eval()
 
-@torch.no_grad()
 def finish_average(trainer, images, labels):
     """Make the averaged weights ready for sample(). The guide follows them for three epochs (in
     short runs, a quarter), then stays behind. It is told the class at four fifths strength."""
@@ -664,8 +665,7 @@ class Trainer:
         """One update on the next BATCH_SIZE images (uint8, on the device) of the epoch. What is
         drawn is a function of SEED, epoch and step alone, and so the same after a resume."""
         now, steps, device = self.progress, len(self.model.abar), images.device
-        order = epoch_order(SEED, now["epoch"], len(images), device)
-        batch = order[now["position"]:now["position"] + BATCH_SIZE]
+        batch = epoch_order(SEED, now["epoch"], len(images), device)[now["position"]:][:BATCH_SIZE]
         torch.manual_seed(generator("step", SEED, now["step"]).initial_seed())
         t = torch.arange(BATCH_SIZE, device=device) + torch.rand(BATCH_SIZE, device=device)
         t = (t * steps / BATCH_SIZE).long().clamp(max=steps - 1)    # spread evenly over 0 ... T-1
@@ -773,9 +773,9 @@ ALLOWED = {
     "BLOCKS": ((1, 1, 1), 0, 100), "EMBEDDING_DIM": (256, 1, 1e5),
     "ATTENTION_HEAD_DIM": (64, 1, 1e4), "NUM_DIFFUSION_STEPS": (100, 2, 1e5),
     "BETA_SCHEDULE": ("cosine", "linear"), "BETA_START": (1e-4, 1e-9, 1),
-    "BETA_END": (0.02, 1e-9, 1), "SAMPLING_STEPS": (25, 1, 1e5), "SAMPLING_ETA": (0.5, 0, 1),
-    "GUIDANCE_SCALE": (0.0, 0, 100), "PRECISION": ("auto", "bf16", "fp32"), "RESUME": (True, False),
-    "CHECKPOINT_EVERY": (10, 1, 1e6), "PICTURE_COLUMNS": (10, 2, 100)}
+    "BETA_END": (0.02, 1e-9, 1), "SAMPLING_STEPS": (31, 1, 1e5), "SAMPLING_ETA": (0.2, 0, 1),
+    "GUIDANCE_SCALE": (0.0, 0, 100), "PRECISION": ("auto", "bf16", "fp32"),
+    "RESUME": (True, False), "CHECKPOINT_EVERY": (10, 1, 1e6), "PICTURE_COLUMNS": (10, 2, 100)}
 def check_constants():
     """Raise UserError naming each constant that cannot work, what is allowed and what it is."""
     wrong = []

@@ -113,13 +113,15 @@ def test_posterior_of_distant_steps_is_ddims(kind, stride, eta):
 # The loss
 
 def loss_and_plain_error(error):
-    """diffusion_loss of a prediction x_start + error, and the plain mean squared error of v."""
+    """diffusion_loss of a prediction x_start + error, and the plain mean error of v at t = 0 ... 99:
+    its square, but at t = 0 its size."""
     x_start = random_images(100, 1, 8, 8).clamp(-1, 1)          # a third lies on an end
     noise, t = random_images(100, 1, 8, 8, seed=1), torch.arange(100)
     model = Predictor(lambda x_t, t, labels: x_start + error(x_start))
     v = oracle(DDPMScheduler, "cosine", 100).get_velocity(x_start, noise, t)
     predicted = model(q_sample(x_start, t, noise, model.abar), t, None)
     plain = (predicted - v).square().mean((1, 2, 3))
+    plain[0] = (predicted - v)[0].abs().mean()
     return diffusion_loss(model, x_start, t, t % 10, noise), plain
 
 
@@ -134,6 +136,15 @@ def test_loss_is_the_plain_error_of_v_where_nothing_overshoots():
 def test_loss_of_overshoot_is_nothing():
     loss, plain = loss_and_plain_error(lambda x_start: x_start * (x_start.abs() == 1))
     assert (plain > 0.05).all() and loss.abs().max() < 1e-6
+
+
+def test_best_answer_is_the_median_at_the_last_step_and_the_mean_before():
+    x_start = torch.tensor([-1.0, -1, -1, 0.2, 0.6]).view(5, 1, 1, 1).expand(-1, -1, 8, 8)
+    noise, answers = torch.zeros_like(x_start), torch.linspace(-1, 1, 201)
+    for t, best in ((0, -1.0), (1, -0.44), (99, -0.44)):    # of -1, -1, -1, 0.2 and 0.6
+        losses = [diffusion_loss(Predictor(lambda x_t, t, labels, x=x: x + 0 * x_t), x_start,
+                                 torch.full((5,), t), None, noise).mean() for x in answers]
+        assert answers[torch.stack(losses).argmin()].item() == pytest.approx(best, abs=0.011)
 
 
 # Sampling: what comes out
@@ -285,15 +296,25 @@ def test_gaps_between_steps_are_narrowest_at_the_noise_and_widest_half_way():
 
 # Guidance
 
-def test_guidance_extrapolates_from_the_guide_to_the_model(model):
-    x_t, t, labels = random_images(10, 1, 28, 28), torch.arange(10), torch.arange(10)
-    guide = awake(FashionMNISTUNetDenoiser(), seed=1)
-    weak, strong = (predict_x_start(part, x_t, t, labels) for part in (guide, model))
+@pytest.mark.parametrize("scale", [0.5, 1.001, 4.0])
+def test_guidance_extrapolates_from_the_guide_to_the_model(scale):
+    model, guide = Predictor(wavy), Predictor(lambda x_t, t, labels: 1.2 * torch.cos(x_t))
+    model.guide = (guide,)
+    (_, x_t), (_, image) = frames_of(model, [1, 2], steps=1, guidance_scale=scale)[0]
+    weak, strong = (predict_x_start(part, x_t, torch.tensor([99, 99]), torch.tensor([1, 2]))
+                    for part in (guide, model))
     assert strong.abs().max() > 1.2     # else nothing could be seen of clipping
     weak, strong = weak.clamp(-1, 1), strong.clamp(-1, 1)
-    model.guide = (guide,)
-    for scale in (0.0, 1.001, 4.0):
-        close(predict_x_start(model, x_t, t, labels, scale), weak + scale * (strong - weak), 1e-4)
+    close(image, (weak + scale * (strong - weak)).clamp(-1, 1), 1e-4)
+
+
+@pytest.mark.parametrize("steps, measured_at", [(1, 19), (2, 19), (3, 0), (4, 6), (20, 1)])
+def test_what_the_guide_adds_is_measured_at_every_other_step(steps, measured_at):
+    model = Predictor(lambda x_t, t, labels: 0.3 + 0 * x_t, steps=20)
+    model.guide = (Predictor(lambda x_t, t, labels: 0.3 - 0.01 * t.view(-1, 1, 1, 1) + 0 * x_t,
+                             steps=20),)
+    image = sample(model, [0], steps=steps, guidance_scale=2.0)
+    close(image, torch.full((1, 1, 28, 28), 0.3 + 0.01 * measured_at), 1e-4)
 
 
 def test_background_that_model_and_guide_both_overshoot_stays_black():
@@ -326,8 +347,8 @@ def test_a_model_that_counts_no_epochs_samples_with_a_named_scale(monkeypatch):
     close(sample(predictor, [0], guidance_scale=1.0), torch.full((1, 1, 28, 28), 0.5))
 
 
-@pytest.mark.parametrize("scale, calls", [(1.0, 4), (1.5, 8)])
-def test_guidance_of_one_costs_one_evaluation_a_step_and_another_two(model, scale, calls):
+@pytest.mark.parametrize("scale, calls", [(1.0, 4), (1.5, 6)])
+def test_guidance_of_one_costs_one_evaluation_a_step_and_another_a_half_more(model, scale, calls):
     sizes, guide = [], awake(FashionMNISTUNetDenoiser(), seed=1)
     model.guide = (guide,)
     for part in (model, guide):
