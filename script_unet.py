@@ -415,7 +415,7 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     u = np.linspace(1, 0, min(steps, len(model.abar)))
     u += (1 - len(u) / len(model.abar)) * u * (1 - u) * (7 * u - 3) / 4
     visited = (u * (len(model.abar) - 1)).round().astype(int)
-    for i, (t, t_next) in enumerate(zip(visited.tolist(), [*visited[1:], -1])):
+    for i, (t, t_next) in enumerate(zip(visited.tolist(), [*visited[1:], -1])):  # abar[-1] is 1
         callback(t, x_t)
         strong = predict(model)
         if scale != 1 and i % 2 == 0:
