@@ -168,6 +168,17 @@ def test_every_constant_but_paths_is_checked(fresh):
     fresh.check_constants()
 
 
+def test_readme_lists_each_constant_with_its_default_and_its_words():
+    text = SCRIPT.read_text()
+    section = text[text.index("# Training"):text.index("CLASS_NAMES")]
+    constants = re.findall(r"^([A-Z_]+) = (\S.*?)(?:\s+# (.*))?$", section, re.MULTILINE)
+    rows = re.findall(r"^\| `([A-Z_]+)` \| `(.*?)` \| (.+) \|$", (ROOT / "README.md").read_text(),
+                      re.MULTILINE)
+    assert len(constants) > 30 and [row[:2] for row in rows] == [c[:2] for c in constants]
+    differing = [(row, c) for row, c in zip(rows, constants) if c[2] and row[2] != c[2]]
+    assert not differing
+
+
 def test_import_prints_nothing_and_writes_nothing(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import script_unet"
     done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, text=True,
