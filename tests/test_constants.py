@@ -41,6 +41,12 @@ def refused():
     return str(caught.value)
 
 
+def constants_section():
+    """The lines of the script that set the constants."""
+    text = SCRIPT.read_text()
+    return text[text.index("# Training"):text.index("CLASS_NAMES")]
+
+
 def load(path):
     """The module as that file defines it, whatever other tests have set."""
     spec = importlib.util.spec_from_file_location("fresh", path)
@@ -160,18 +166,14 @@ def test_too_little_disk_is_refused_before_training(tiny, monkeypatch):
 
 
 def test_every_constant_but_paths_is_checked(fresh):
-    text = SCRIPT.read_text()
-    section = text[text.index("# Training"):text.index("CLASS_NAMES")]
-    names = set(re.findall(r"^([A-Z_]+) = ", section, re.MULTILINE))
+    names = set(re.findall(r"^([A-Z_]+) = ", constants_section(), re.MULTILINE))
     paths = {"DATA_DIR", "SYSTEM_DATA_DIR", "PICTURE_DIR", "CHECKPOINT_PREFIX"}
     assert set(fresh.ALLOWED) == names - paths
     fresh.check_constants()
 
 
 def test_readme_lists_each_constant_with_its_default_and_its_words():
-    text = SCRIPT.read_text()
-    section = text[text.index("# Training"):text.index("CLASS_NAMES")]
-    constants = re.findall(r"^([A-Z_]+) = (\S.*?)(?:\s+# (.*))?$", section, re.MULTILINE)
+    constants = re.findall(r"^([A-Z_]+) = (\S.*?)(?:\s+# (.*))?$", constants_section(), re.MULTILINE)
     rows = re.findall(r"^\| `([A-Z_]+)` \| `(.*?)` \| (.+) \|$", (ROOT / "README.md").read_text(),
                       re.MULTILINE)
     assert len(constants) > 30 and [row[:2] for row in rows] == [c[:2] for c in constants]
