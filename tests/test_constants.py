@@ -173,7 +173,8 @@ def test_every_constant_but_paths_is_checked(fresh):
 
 
 def test_readme_lists_each_constant_with_its_default_and_its_words():
-    constants = re.findall(r"^([A-Z_]+) = (\S.*?)(?:\s+# (.*))?$", constants_section(), re.MULTILINE)
+    constants = re.findall(r"^([A-Z_]+) = (\S.*?)(?:\s+# (.*))?$", constants_section(),
+                           re.MULTILINE)
     rows = re.findall(r"^\| `([A-Z_]+)` \| `(.*?)` \| (.+) \|$", (ROOT / "README.md").read_text(),
                       re.MULTILINE)
     assert len(constants) > 30 and [row[:2] for row in rows] == [c[:2] for c in constants]
