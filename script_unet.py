@@ -396,7 +396,7 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     steps is DDPM [1], eta = 0 the second-order solver [6], between: [6] with DDIM's noise.
     What the model adds to its weaker guide is extrapolated ([5] eq. 6, the guide of [10]), both
     clipped first: a difference between two overshoots would be grain in the background. It
-    changes slowly: it is measured at every other step, and kept for the next.
+    changes slowly: it is measured at the first, the last and every other step, and kept between.
     Image i depends on seed and i alone: with any N and batch_size it is the same, up to 1e-4 in
     fp32. callback(t, x_t) sees all images before each step t and, with t = -1, the result."""
     steps, eta, seed = (default if given is None else given for given, default in zip(
@@ -418,7 +418,7 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     for i, (t, t_next) in enumerate(zip(visited.tolist(), [*visited[1:], -1])):  # abar[-1] is 1
         callback(t, x_t)
         strong = predict(model)
-        if scale != 1 and i % 2 == 0:
+        if scale != 1 and (i == 0 or (len(u) - i) % 2):
             added = strong - predict(*model.guide)
         x_start = estimate = (strong + (scale - 1) * added).clamp(-1, 1)    # (N, 1, H, W)
         if eta < 1 and t_next >= 0:
