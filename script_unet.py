@@ -37,10 +37,10 @@ from tqdm import tqdm
 # ---- Constants, read when main() runs: a notebook may set script_unet.EPOCHS = 2 first ---------
 # Training
 EPOCHS = 150                # passes over the training images
-BATCH_SIZE = 128            # images per optimizer step
-LEARNING_RATE = 2e-3        # AdamW's peak, after WARMUP_STEPS; falls as (1 - share done) squared
-MUON_LEARNING_RATE = 0.02   # the same for the convolutions, whose updates are orthogonal [9]
-WARMUP_STEPS = 200          # optimizer steps; the batch statistics and moments settle first
+BATCH_SIZE = 256            # images per optimizer step
+LEARNING_RATE = 2.8e-3      # AdamW's peak, after WARMUP_STEPS; falls as (1 - share done) squared
+MUON_LEARNING_RATE = 0.028  # the same for the convolutions, whose updates are orthogonal [9]
+WARMUP_STEPS = 100          # optimizer steps; the batch statistics and moments settle first
 WEIGHT_DECAY = 0.1          # decoupled, of both optimizers
 GRADIENT_CLIP = 1.0         # largest L2 norm of the whole gradient
 DROPOUT = 0.0               # probability in each residual block; 60,000 images need none
@@ -765,8 +765,8 @@ def train(trainer, images, labels, heldout, stop):
 # ---- main --------------------------------------------------------------------------------------
 # Each constant's default, then the least and the greatest number that is allowed or other choices
 ALLOWED = {
-    "EPOCHS": (150, 1, 1e6), "BATCH_SIZE": (128, 2, 1e5), "LEARNING_RATE": (2e-3, 1e-9, 10),
-    "MUON_LEARNING_RATE": (0.02, 1e-9, 10), "WARMUP_STEPS": (200, 1, 1e6),
+    "EPOCHS": (150, 1, 1e6), "BATCH_SIZE": (256, 2, 1e5), "LEARNING_RATE": (2.8e-3, 1e-9, 10),
+    "MUON_LEARNING_RATE": (0.028, 1e-9, 10), "WARMUP_STEPS": (100, 1, 1e6),
     "WEIGHT_DECAY": (0.1, 0, 10), "GRADIENT_CLIP": (1.0, 1e-9, 1e9), "DROPOUT": (0.0, 0, 0.99),
     "LABEL_DROPOUT": (0.1, 0, 0.99), "EMA_GAMMA": (16.0, 0, 1e6), "SEED": (0, 0, 1e9),
     "IMG_SIZE": (28, 16, 64), "PATCH_SIZE": (2, 1, 4), "CHANNELS": ((64, 96, 128), 1, 1e4),

@@ -3,12 +3,13 @@
     python tests/benchmarks/throughput.py
 
 Times whole training steps (forward, backward, optimizer, averaged weights) of this project's
-default model and of the peers in peers.py, on the same images and with the same batch size. Each
-runs in a process of its own, as its users run it: ours with keep_freed_memory(), which main()
-calls, the peers with the allocator as it is, or with --keep-freed-memory like ours. They take
-turns, A B C D A B C D ..., so that a machine that slows down slows all of them: a ratio is the
-median of the rounds' ratios. Each round also times a matrix product, to say what share of the
-machine's arithmetic the training reaches.
+default model and of the peers in peers.py, on the same images; ours in batches of BATCH_SIZE, the
+peers in those of the course that one of the models is from (--peer-batch-size). Each runs in a
+process of its own, as its users run it: ours with keep_freed_memory(), which main() calls, the
+peers with the allocator as it is, or with --keep-freed-memory like ours. They take turns, A B C D
+A B C D ..., so that a machine that slows down slows all of them: a ratio is the median of the
+rounds' ratios. Each round also times a matrix product, to say what share of the machine's
+arithmetic the training reaches.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def peer_step(peer, images, labels, batch_size):
 contender = {}  # in a contender's process: its step, and the device
 
 
-def set_up(name, keep_freed_memory):
+def set_up(name, keep_freed_memory, peer_batch_size):
     """Build a contender in this process. Gives its number of parameters."""
     if keep_freed_memory:
         script_unet.keep_freed_memory()
@@ -81,7 +82,7 @@ def set_up(name, keep_freed_memory):
         contender.update(step=our_step(trainer, images, labels), device=device)
         return script_unet.model_size(trainer.model)[0]
     peer = peers.PEERS[name](device)
-    contender.update(step=peer_step(peer, images, labels, script_unet.BATCH_SIZE), device=device)
+    contender.update(step=peer_step(peer, images, labels, peer_batch_size), device=device)
     return peer.parameters()
 
 
@@ -112,21 +113,23 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=5, help="of each turn, default 5")
     parser.add_argument("--peers", nargs="*", choices=peers.PEERS, default=list(peers.PEERS))
+    parser.add_argument("--peer-batch-size", type=int, default=128)
     parser.add_argument("--keep-freed-memory", action="store_true", help="in the peers as well")
     args = parser.parse_args()
 
     device, batch_size = script_unet.pick_device(), script_unet.BATCH_SIZE
     dtype, threads, load = script_unet.precision(device), torch.get_num_threads(), load_average()
     print(f"{device}, {threads} threads on {os.cpu_count()} processors, torch "
-          f"{torch.__version__}, batches of {batch_size}; the peers' allocator is "
-          f"{'set like ours' if args.keep_freed_memory else 'as it is'}")
+          f"{torch.__version__}, batches of {batch_size}, the peers' of {args.peer_batch_size}; "
+          f"their allocator is {'set like ours' if args.keep_freed_memory else 'as it is'}")
     script_unet.keep_freed_memory()
     _, flops = script_unet.model_size(script_unet.FashionMNISTUNetDenoiser().to(device))
     entries = {}
     for name in ("ours", *args.peers):
         process = ProcessPoolExecutor(1, get_context("spawn"))
         try:
-            parameters = process.submit(set_up, name, name == "ours" or args.keep_freed_memory)
+            keep = name == "ours" or args.keep_freed_memory
+            parameters = process.submit(set_up, name, keep, args.peer_batch_size)
             entries[name] = parameters.result(), process
         except peers.MissingPackage as error:
             print(f"left out: {error}")
