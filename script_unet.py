@@ -65,7 +65,7 @@ BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled b
 # Sampling
 SAMPLING_STEPS = 29         # of the T steps; more are slower and a little better
 SAMPLING_ETA = 0.0          # share of DDPM's noise: 0: deterministic [6]; 1: ancestral [1, 3]
-GUIDANCE_SCALE = 0.0        # how far from a weaker model [10]; 1: none; 0: 2.25, less in long runs
+GUIDANCE_SCALE = 0.0        # how far from a weaker model [10]; 1: none; 0: 2.15, less in long runs
 # Machine and output, in the working directory
 PRECISION = "auto"          # "auto": bf16 where the hardware computes in it; or "bf16", "fp32"
 RESUME = True               # go on from the newest checkpoint; False sets older ones aside
@@ -385,8 +385,8 @@ def diffusion_loss(model, x_start, t, labels, noise):
 
 # ---- Sampling ----------------------------------------------------------------------------------
 def guidance(model):
-    """GUIDANCE_SCALE or, for 0, by the epochs trained: 2.25 up to ten, then towards 1.65."""
-    return GUIDANCE_SCALE or 1.65 + 6 / max(10, model.epochs.item())
+    """GUIDANCE_SCALE or, for 0, by the epochs trained: 2.15 up to ten, then towards 1.6."""
+    return GUIDANCE_SCALE or 1.6 + 5.5 / max(10, model.epochs.item())
 
 @torch.no_grad()
 def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
@@ -456,13 +456,13 @@ def refresh_batch_norm(model, images, labels, batches=20, batch_size=256):
 
 def finish_average(trainer, images, labels):
     """Make the averaged weights ready for sample(). The guide follows them for three epochs (in
-    short runs, a quarter), then stays behind. It is told the class at four fifths strength."""
+    short runs, a quarter), then stays behind. It is told the class at three quarters strength."""
     refresh_batch_norm(trainer.average, images, labels)
     trainer.average.epochs.fill_(trainer.progress["epoch"] + (trainer.progress["position"] > 0))
     if trainer.progress["epoch"] < min(3, EPOCHS / 4):
         trainer.guide.load_state_dict(trainer.average.state_dict())
         classes = trainer.guide.class_embedding.weight
-        classes[:-1].lerp_(classes[-1], 0.2)
+        classes[:-1].lerp_(classes[-1], 0.25)
 
 NOISE_LEVELS = ("early", "middle", "late")  # thirds of the steps, from little to much noise
 def by_noise_level(losses, t, steps):
