@@ -395,8 +395,7 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     steps of the T, eta and seed default to the constants, the scale to guidance(). eta = 1 with T
     steps is DDPM [1], eta = 0 the second-order solver [6], between: [6] with DDIM's noise.
     What the model adds to its weaker guide is extrapolated ([5] eq. 6, the guide of [10]), both
-    clipped first: a difference between two overshoots would be grain in the background. It
-    changes slowly: it is measured at the first, the last and every other step, and kept between.
+    clipped first: a difference between two overshoots would be grain in the background.
     Image i depends on seed and i alone: with any N and batch_size it is the same, up to 1e-4 in
     fp32. callback(t, x_t) sees all images before each step t and, with t = -1, the result."""
     steps, eta, seed = (default if given is None else given for given, default in zip(
@@ -410,17 +409,17 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     def predict(part):  # x_start (N, 1, H, W)
         return torch.cat([predict_x_start(part, x, torch.full_like(y, t), y) for x, y in zip(
             x_t.split(batch_size), labels.split(batch_size))]).clamp(-1, 1)
-    x_t, before, scale, added = fresh_noise(), None, guidance_scale or guidance(model), 0
+    x_t, before, scale = fresh_noise(), None, guidance_scale or guidance(model)
     # From T-1 to 0; where there are gaps, they are narrowest at both ends, most at the noise
     u = np.linspace(1, 0, min(steps, len(model.abar)))
     u += (1 - len(u) / len(model.abar)) * u * (1 - u) * (7 * u - 3) / 4
     visited = (u * (len(model.abar) - 1)).round().astype(int)
-    for i, (t, t_next) in enumerate(zip(visited.tolist(), [*visited[1:], -1])):  # abar[-1] is 1
+    for t, t_next in zip(visited.tolist(), [*visited[1:], -1]):    # abar[-1] is 1
         callback(t, x_t)
-        strong = predict(model)
-        if scale != 1 and (i == 0 or (len(u) - i) % 2):
-            added = strong - predict(*model.guide)
-        x_start = estimate = (strong + (scale - 1) * added).clamp(-1, 1)    # (N, 1, H, W)
+        x_start = predict(model)
+        if scale != 1:
+            x_start = torch.lerp(predict(*model.guide), x_start, scale).clamp(-1, 1)
+        estimate = x_start                                          # (N, 1, H, W)
         if eta < 1 and t_next >= 0:
             # [6] algorithm 2: x_start extrapolated linearly in lambda = log(SNR) / 2
             now, then = (math.log(a / (1 - a)) / 2 for a in (abar[t], abar[t_next]))
