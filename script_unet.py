@@ -516,12 +516,13 @@ def mosaic(images, columns, gap=2):
 def draw_classes(images, names, title, path):
     """Save images (10 * columns, 1, H, W) on a fixed gray scale: a row a class, named columns."""
     columns, cell = len(names), images.shape[-1] + 2
-    axes = Figure(figsize=(1.8 + .62 * columns, 7.1), layout="constrained").add_subplot(title=title)
+    figure = Figure(figsize=(1.8 + 0.62 * columns, 7.1), layout="constrained")
+    axes = figure.add_subplot(title=title)
     axes.imshow(mosaic(images, columns), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_yticks([cell * (row + 0.5) for row in range(NUM_CLASSES)], CLASS_NAMES)
     axes.set_xticks([cell * (column + 0.5) for column in range(columns)], names)
     axes.tick_params(length=0)
-    save_figure(axes.figure, path)
+    save_figure(figure, path)
 
 def generate_visualizations(model, epoch, final=False):
     """Draw samples of each class, and how the first of each came out of noise: one fixed batch.
@@ -641,7 +642,7 @@ class Trainer:
         # torch's Muon takes matrices: here (out, h * w * in), in the memory of the kernels
         self.matrices = [nn.Parameter(k.data.permute(0, 2, 3, 1).flatten(1)) for k in self.kernels]
         self.muon = torch.optim.Muon([{"params": self.matrices}], MUON_LEARNING_RATE,
-                                     momentum=0.9, ns_steps=3)
+                                     momentum=0.9, ns_steps=3)  # torch's 0.95 learns slower
         self.adamw = torch.optim.AdamW(rest, LEARNING_RATE, (0.9, 0.99), fused=device.type != "mps")
         self.progress = {"epoch": 0, "position": 0, "step": 0, "sums": torch.zeros(2, 3),
                          "best_loss": math.inf, "best_epoch": 0, "history": []}
