@@ -13,7 +13,7 @@ Notation: x_start is a clean image, float (B, 1, H, W) in [-1, 1]; t (B,) is a s
 [3] Song, Meng, Ermon, Denoising Diffusion Implicit Models, arXiv:2010.02502
 [4] Salimans, Ho, Progressive Distillation for Fast Sampling (v), arXiv:2202.00512
 [5] Ho, Salimans, Classifier-Free Diffusion Guidance, arXiv:2207.12598
-[6] Lu et al., DPM-Solver++: Fast Solver for Guided Sampling, arXiv:2211.01095
+[6] Lu et al., DPM-Solver++, arXiv:2211.01095; corrected as Zhao et al., UniPC, arXiv:2302.04867
 [7] Shen et al., Efficient Attention: Attention with Linear Complexities, arXiv:1812.01243
 [8] Karras et al., Analyzing and Improving the Training Dynamics (EMA), arXiv:2312.02696
 [9] Liu et al., Muon is Scalable for LLM Training, arXiv:2502.16982
@@ -63,7 +63,7 @@ BETA_SCHEDULE = "cosine"    # "cosine" [2] or "linear" [1]
 BETA_START = 1e-4           # linear only: the first beta at T = 1000, rescaled by 1000 / T
 BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled by 1000 / T
 # Sampling
-SAMPLING_STEPS = 29         # of the T steps; more are slower and a little better
+SAMPLING_STEPS = 24         # of the T steps; more are slower and hardly better
 SAMPLING_ETA = 0.0          # share of DDPM's noise: 0: deterministic [6]; 1: ancestral [1, 3]
 GUIDANCE_SCALE = 0.0        # how far from a weaker model [10]; 1: none; 0: 2.1, less in long runs
 # Machine and output, in the working directory
@@ -393,7 +393,7 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
            callback=lambda t, x_t: None, batch_size=500):
     """Images (N, 1, H, W) in [-1, 1] of the labels (N,), on the model's device.
     steps of the T, eta and seed default to the constants, the scale to guidance(). eta = 1 with T
-    steps is DDPM [1], eta = 0 the second-order solver [6], between: [6] with DDIM's noise.
+    steps is DDPM [1], eta = 0 the second-order solver and corrector [6], between: solver and noise.
     What the model adds to its weaker guide is extrapolated ([5] eq. 6, the guide of [10]), both
     clipped first: a difference between two overshoots would be grain in the background.
     Image i depends on seed and i alone: with any N and batch_size it is the same, up to 1e-4 in
@@ -401,6 +401,7 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     steps, eta, seed = (default if given is None else given for given, default in zip(
         (steps, eta, seed), (SAMPLING_STEPS, SAMPLING_ETA, SEED)))
     abar, size = model.abar.tolist() + [1.0], model.constants["IMG_SIZE"]
+    lam = [math.log(a / (1 - a)) / 2 for a in [*abar[:-1], abar[0]]]    # lambda, log(SNR) / 2
     labels = torch.as_tensor(labels, device=model.abar.device)
     streams = [generator("sample", seed, i) for i in range(len(labels))]
     def fresh_noise():  # a stream an image, on the CPU: the same on all machines, in any batch
@@ -409,10 +410,10 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     def predict(part):  # x_start (N, 1, H, W)
         return torch.cat([predict_x_start(part, x, torch.full_like(y, t), y) for x, y in zip(
             x_t.split(batch_size), labels.split(batch_size))]).clamp(-1, 1)
-    x_t, before, scale = fresh_noise(), None, guidance_scale or guidance(model)
-    # From T-1 to 0; where there are gaps, they are narrowest at both ends, most at the noise
+    x_t, s, scale = fresh_noise(), None, guidance_scale or guidance(model)
+    # From T-1 to 0; where there are gaps, they are narrowest at both ends
     u = np.linspace(1, 0, min(steps, len(model.abar)))
-    u += (1 - len(u) / len(model.abar)) * u * (1 - u) * (7 * u - 3) / 4
+    u += (1 - len(u) / len(model.abar)) * u * (1 - u) * (2 * u - 1)
     visited = (u * (len(model.abar) - 1)).round().astype(int)
     for t, t_next in zip(visited.tolist(), [*visited[1:], -1]):    # abar[-1] is 1
         callback(t, x_t)
@@ -420,12 +421,12 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
         if scale != 1:
             x_start = torch.lerp(predict(*model.guide), x_start, scale).clamp(-1, 1)
         estimate = x_start                                          # (N, 1, H, W)
-        if eta < 1 and t_next >= 0:
-            # [6] algorithm 2: x_start extrapolated linearly in lambda = log(SNR) / 2
-            now, then = (math.log(a / (1 - a)) / 2 for a in (abar[t], abar[t_next]))
-            if before:
-                estimate = x_start + (then - now) / (now - before[0]) / 2 * (x_start - before[1])
-            before = now, x_start
+        if s is not None and eta < 1:
+            if eta == 0:  # [6] UniC-1: the step from s to t again, now with both ends' x_start
+                x_t, _ = posterior((start_s + x_start) / 2, x_s, abar[s], abar[t], 0)
+            half = (lam[t_next] - lam[t]) / (lam[t] - lam[s]) / 2       # 0 at the last step
+            estimate = x_start + half * (x_start - start_s)     # [6] algorithm 2: linear in lambda
+        s, x_s, start_s = t, x_t, x_start                           # where this step begins
         x_t, std = posterior(estimate, x_t, abar[t], abar[t_next], eta)
         x_t = x_t + std * fresh_noise() if std > 0 else x_t
     callback(-1, x_t)
@@ -568,7 +569,6 @@ def read_checkpoint(path):
     """The checked state in a file, executing nothing. Raises UserError, naming a bad file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state.setdefault("guide", state["average"])  # older versions had none
         [state[name].keys() for name in ("constants", *TRAINED)], state["progress"]["step"] + 0
         for name, value in (item for part in TRAINED[:3] for item in state[part].items()):
             if not value.isfinite().all():
@@ -773,7 +773,7 @@ ALLOWED = {
     "BLOCKS": ((1, 1, 1), 0, 100), "EMBEDDING_DIM": (256, 1, 1e5),
     "ATTENTION_HEAD_DIM": (64, 1, 1e4), "NUM_DIFFUSION_STEPS": (100, 2, 1e5),
     "BETA_SCHEDULE": ("cosine", "linear"), "BETA_START": (1e-4, 1e-9, 1),
-    "BETA_END": (0.02, 1e-9, 1), "SAMPLING_STEPS": (29, 1, 1e5), "SAMPLING_ETA": (0.0, 0, 1),
+    "BETA_END": (0.02, 1e-9, 1), "SAMPLING_STEPS": (24, 1, 1e5), "SAMPLING_ETA": (0.0, 0, 1),
     "GUIDANCE_SCALE": (0.0, 0, 100), "PRECISION": ("auto", "bf16", "fp32"),
     "RESUME": (True, False), "CHECKPOINT_EVERY": (10, 1, 1e6), "PICTURE_COLUMNS": (10, 2, 100)}
 def check_constants():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Predictor, awake
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, UniPCMultistepScheduler
 
 import script_unet
 from script_unet import (FashionMNISTUNetDenoiser, alphas_cumprod, diffusion_loss, guidance,
@@ -163,6 +163,23 @@ def test_reverse_run_with_the_true_predictor_reaches_the_gaussian(eta, steps):
     assert images.std().item() == pytest.approx(std, rel=0.02)
 
 
+@pytest.mark.parametrize("steps, error", [(24, 0.003), (100, 0.0008)])
+def test_deterministic_sampling_follows_the_probability_flow(steps, error):
+    mean, std = 0.1, 0.15       # x_start ~ N(mean, std^2), of which the flow is linear
+
+    def true_x_start(x_t, t, labels):
+        a = model.abar[t].view(-1, 1, 1, 1)
+        return mean + a.sqrt() * std**2 / (a * std**2 + 1 - a) * (x_t - a.sqrt() * mean)
+
+    model = Predictor(true_x_start, steps=100)
+    ((_, x_t), *_), images = frames_of(model, [0] * 4, steps=steps, eta=0.0)
+    a, a_last = model.abar[-1].double(), model.abar[0].double()
+    spread = [(b * std**2 + 1 - b).sqrt() for b in (a, a_last)]
+    x_last = a_last.sqrt() * mean + spread[1] / spread[0] * (x_t - a.sqrt() * mean)
+    expected = true_x_start(x_last, torch.zeros(4, dtype=int), None)
+    assert (images - expected).square().mean().sqrt() < error  # without corrector twice as large
+
+
 def wavy(x_t, t, labels):
     """A smooth, non-linear x_start that overshoots both ends."""
     return 1.4 * torch.sin(1.3 * x_t + t.view(-1, 1, 1, 1) / 40 + labels.view(-1, 1, 1, 1))
@@ -179,16 +196,19 @@ def frames_of(model, labels, **options):
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers' with numpy 2
 @pytest.mark.parametrize("steps", [1, 2, 20, 100])
 @pytest.mark.parametrize("kind", KINDS)
-def test_deterministic_sampling_is_diffusers_second_order_dpm_solver(kind, steps):
+def test_deterministic_sampling_is_diffusers_second_order_solver_with_a_corrector(kind, steps):
     labels = torch.arange(5)
     frames, _ = frames_of(Predictor(wavy, kind=kind), labels, steps=steps, eta=0.0)
-    solver = oracle(DPMSolverMultistepScheduler, kind, 100, prediction_type="sample",
-                    algorithm_type="dpmsolver++", solver_order=2, lower_order_final=False)
-    solver.set_timesteps(timesteps=[t for t, _ in frames[:-1]])
+    solver = oracle(UniPCMultistepScheduler, kind, 100, prediction_type="sample")
+    solver.set_timesteps(len(frames) - 1)
+    solver.timesteps = torch.tensor([t for t, _ in frames[:-1]])    # ours, not its own
+    abar = solver.alphas_cumprod[solver.timesteps]
+    solver.sigmas = torch.cat([((1 - abar) / abar).sqrt(), torch.zeros(1)])
     x_t = frames[0][1]
     for (t, _), (_, x_next) in zip(frames, frames[1:]):
         x_start = wavy(x_t, torch.full_like(labels, t), labels).clamp(-1, 1)
         x_t = solver.step(x_start, t, x_t).prev_sample
+        solver.this_order = 1   # of its corrector: from x_start at the two ends of a step alone
         close(x_next, x_t, 1e-3)
 
 
@@ -287,11 +307,11 @@ def test_as_many_different_steps_are_visited_as_are_asked_for(total):
         assert (times[0], times[-2]) == (total - 1, 0)
 
 
-def test_gaps_between_steps_are_narrowest_at_the_noise_and_widest_half_way():
+def test_gaps_between_steps_are_narrowest_at_both_ends_and_widest_half_way():
     model = Predictor(lambda x_t, t, labels: 0 * x_t, steps=100, size=16)
     times = [t for t, _ in frames_of(model, [0], steps=20, eta=0.0)[0]]
     gaps = -np.diff(times[:-1])
-    assert gaps[:3].sum() < gaps[-3:].sum() < gaps[8:11].sum() and gaps[0] == 2
+    assert gaps[:3].sum() == gaps[-3:].sum() < gaps[8:11].sum() / 2
 
 
 # Guidance
