@@ -193,6 +193,26 @@ def test_run_stopped_between_epochs_goes_on_bit_for_bit(run, undisturbed, monkey
     assert_as_undisturbed(undisturbed)
 
 
+def test_time_left_after_a_resume_counts_whole_epochs(run, monkeypatch, capsys):
+    clock, step = [0], Trainer.step
+
+    def slow(trainer, *args):
+        clock[0] += 100
+        step(trainer, *args)
+
+    monkeypatch.setattr(Trainer, "step", slow)
+    monkeypatch.setattr(script_unet.time, "perf_counter", lambda: clock[0])
+    with monkeypatch.context() as patch:
+        before_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(SystemExit):
+            run()
+    run()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    # 6 steps an epoch of 100 s each, the first epoch's in two runs
+    assert ["600 s, 20 min left" in line for line in lines] == [True, False, False]
+    assert "600 s, 10 min left" in lines[1] and "600 s, 0 min left" in lines[2]
+
+
 class Malice:
     """An object whose pickle, when it is loaded the careless way, leaves a file "executed"."""
 
