@@ -411,8 +411,7 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
         return torch.cat([predict_x_start(part, x, torch.full_like(y, t), y) for x, y in zip(
             x_t.split(batch_size), labels.split(batch_size))]).clamp(-1, 1)
     x_t, s, scale = fresh_noise(), None, guidance_scale or guidance(model)
-    # From T-1 to 0; where there are gaps, they are narrowest at both ends
-    u = np.linspace(1, 0, min(steps, len(model.abar)))
+    u = np.linspace(1, 0, min(steps, len(model.abar)))  # T-1 to 0, gaps narrowest at both ends
     u += (1 - len(u) / len(model.abar)) * u * (1 - u) * (2 * u - 1)
     visited = (u * (len(model.abar) - 1)).round().astype(int)
     for t, t_next in zip(visited.tolist(), [*visited[1:], -1]):    # abar[-1] is 1
@@ -569,6 +568,7 @@ def read_checkpoint(path):
     """The checked state in a file, executing nothing. Raises UserError, naming a bad file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        state.setdefault("guide", state["average"])  # older versions had none
         [state[name].keys() for name in ("constants", *TRAINED)], state["progress"]["step"] + 0
         for name, value in (item for part in TRAINED[:3] for item in state[part].items()):
             if not value.isfinite().all():
@@ -755,7 +755,7 @@ def train(trainer, images, labels, heldout, stop):
             rate = (per_epoch - position) / (time.perf_counter() - began)
             finish_epoch(trainer, images, labels, heldout)
             row, best = now["history"][-1], " (best)" * (now["best_epoch"] == now["epoch"])
-            seconds = time.perf_counter() - began + position / (rate or math.inf)  # of all of it
+            seconds = time.perf_counter() - began + position / (rate or math.inf)  # a whole epoch
             bar.write(f"epoch {now['epoch']}/{EPOCHS}: loss {row['train_loss']:.4f}, held out "
                       f"{row['heldout_loss']:.4f}{best}, {rate:.0f} images/s, {seconds:.0f} s, "
                       f"{(EPOCHS - now['epoch']) * seconds / 60:.0f} min left")

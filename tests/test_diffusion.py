@@ -311,7 +311,7 @@ def test_gaps_between_steps_are_narrowest_at_both_ends_and_widest_half_way():
     model = Predictor(lambda x_t, t, labels: 0 * x_t, steps=100, size=16)
     times = [t for t, _ in frames_of(model, [0], steps=20, eta=0.0)[0]]
     gaps = -np.diff(times[:-1])
-    assert gaps[:3].sum() == gaps[-3:].sum() < gaps[8:11].sum() / 2
+    assert gaps[:3].sum() == gaps[-3:].sum() < gaps[8:11].sum() / 2 and gaps[0] == 2
 
 
 # Guidance
