@@ -38,7 +38,7 @@ from tqdm import tqdm
 # Training
 EPOCHS = 150                # passes over the training images
 BATCH_SIZE = 256            # images per optimizer step
-LEARNING_RATE = 2.8e-3      # AdamW's peak, after WARMUP_STEPS; falls as (1 - share done) squared
+LEARNING_RATE = 2.8e-3      # AdamW's peak; times sqrt(20 / EPOCHS) above 20; falls as a square
 MUON_LEARNING_RATE = 0.028  # the same for the convolutions, whose updates are orthogonal [9]
 WARMUP_STEPS = 100          # optimizer steps; the batch statistics and moments settle first
 WEIGHT_DECAY = 0.1          # decoupled, of both optimizers
@@ -679,8 +679,8 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         for kernel, matrix in zip(self.kernels, self.matrices):
             matrix.grad = kernel.grad.permute(0, 2, 3, 1).flatten(1)
-        done = (now["epoch"] + now["position"] / len(images)) / EPOCHS
-        factor = min(1, (now["step"] + 1) / WARMUP_STEPS) * (1 - done) ** 2
+        left = 1 - (now["epoch"] + now["position"] / len(images)) / EPOCHS
+        factor = min(1, (now["step"] + 1) / WARMUP_STEPS) * left**2 * min(1, 20 / EPOCHS) ** 0.5
         for opt in (self.muon, self.adamw):
             opt.param_groups[0].update(lr=factor * opt.defaults["lr"], weight_decay=WEIGHT_DECAY)
             opt.step()

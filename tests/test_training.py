@@ -612,20 +612,23 @@ def test_label_dropout_is_the_share_of_null_labels(tiny, steps_of, monkeypatch):
 
 # One step's update
 
-def test_learning_rate_warms_up_and_then_falls_to_zero_as_a_square(tiny, monkeypatch, pictures):
-    monkeypatch.setattr(tiny, "EPOCHS", 5)
+@pytest.mark.parametrize("epochs, share", [(5, 1.0), (80, 0.5)])   # four times twenty: half
+def test_learning_rate_warms_up_to_a_peak_lower_in_long_runs_and_falls_to_zero_as_a_square(
+        tiny, monkeypatch, pictures, epochs, share):
+    monkeypatch.setattr(tiny, "EPOCHS", epochs)
     monkeypatch.setattr(tiny, "WARMUP_STEPS", 4)
-    trainer, rates = Trainer(CPU), {"muon": [], "adamw": []}
-    for step in range(5 * STEPS):
-        trainer.progress.update(epoch=step // STEPS, position=step % STEPS * 100)
+    trainer, rates, steps = Trainer(CPU), {"muon": [], "adamw": []}, epochs * STEPS
+    visited = [*range(30), *range(steps - 30, steps)] if steps > 60 else range(steps)
+    for step in visited:
+        trainer.progress.update(epoch=step // STEPS, position=step % STEPS * 100, step=step)
         trainer.step(*pictures)
         for name, seen in rates.items():
             seen.append(getattr(trainer, name).param_groups[0]["lr"])
-    step = np.arange(5 * STEPS)
-    parabola = np.square((len(step) - step) / len(step))
+    step = np.array(visited)
+    parabola = np.square((steps - step) / steps)
     for name, peak in (("muon", tiny.MUON_LEARNING_RATE), ("adamw", tiny.LEARNING_RATE)):
         np.testing.assert_allclose(
-            rates[name], peak * np.minimum(1, (step + 1) / 4) * parabola, rtol=1e-6)
+            rates[name], share * peak * np.minimum(1, (step + 1) / 4) * parabola, rtol=1e-6)
 
 
 def test_every_weight_learns_and_kernels_by_nearly_orthogonal_updates(
