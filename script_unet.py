@@ -679,7 +679,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         for kernel, matrix in zip(self.kernels, self.matrices):
             matrix.grad = kernel.grad.permute(0, 2, 3, 1).flatten(1)
-        left = 1 - (now["epoch"] + now["position"] / len(images)) / EPOCHS
+        left = 1 - (now["epoch"] + now["position"] / len(images)) / EPOCHS  # long runs want less
         factor = min(1, (now["step"] + 1) / WARMUP_STEPS) * left**2 * min(1, 20 / EPOCHS) ** 0.5
         for opt in (self.muon, self.adamw):
             opt.param_groups[0].update(lr=factor * opt.defaults["lr"], weight_decay=WEIGHT_DECAY)
