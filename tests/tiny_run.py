@@ -5,6 +5,7 @@
 Each argument is Python, executed before main(): a constant to set, or a call of what is defined here.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -73,6 +74,7 @@ def note_memory():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)    # so small a model is faster so
+    gc.freeze()                 # and so is the collection at the end of each epoch
     vars(script_unet).update(TINY)
     for line in sys.argv[1:]:
         exec(line, globals(), vars(script_unet))
