@@ -174,11 +174,13 @@ def test_lock_of_a_dead_process_does_not_block(tmp_path, monkeypatch):
         [sys.executable, "-c", "import fcntl, time; file = open('.fashion_mnist_diffusion.lock', "
          "'a'); fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True); time.sleep(300)"],
         stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match="another run"):
-        main()
-    holder.kill()
-    holder.communicate()
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another run"):
+            main()
+    finally:
+        holder.kill()
+        holder.communicate()
     main()
 
 
