@@ -24,11 +24,11 @@ BAD = [
     ("LABEL_DROPOUT", 1.5), ("EMA_GAMMA", -1), ("SEED", -1), ("SEED", "0"),
     ("IMG_SIZE", 15), ("IMG_SIZE", 65), ("IMG_SIZE", 28.0), ("IMG_SIZE", (28, 28)),
     ("PATCH_SIZE", 0), ("PATCH_SIZE", 5), ("PATCH_SIZE", 56),
-    ("CHANNELS", 64), ("CHANNELS", (0, 32)), ("CHANNELS", (32.0, 64)),
-    ("BLOCKS", (1, -1)), ("BLOCKS", 1),
+    ("CHANNELS", 64), ("CHANNELS", (0, 32)), ("CHANNELS", (32.0, 64)), ("CHANNELS", [64, 96, 128]),
+    ("BLOCKS", (1, -1)), ("BLOCKS", 1), ("BLOCKS", (0, 0, 0)),
     ("EMBEDDING_DIM", 0), ("ATTENTION_HEAD_DIM", 0), ("ATTENTION_HEAD_DIM", 48),
-    ("NUM_DIFFUSION_STEPS", 1), ("NUM_DIFFUSION_STEPS", 100.0), ("BETA_SCHEDULE", "cosin"),
-    ("BETA_SCHEDULE", None), ("BETA_START", 0), ("BETA_END", -0.02),
+    ("NUM_DIFFUSION_STEPS", 2), ("NUM_DIFFUSION_STEPS", 20_000), ("NUM_DIFFUSION_STEPS", 100.0),
+    ("BETA_SCHEDULE", "cosin"), ("BETA_SCHEDULE", None), ("BETA_START", 0), ("BETA_END", -0.02),
     ("SAMPLING_STEPS", 0), ("SAMPLING_ETA", -0.1), ("SAMPLING_ETA", 1.1), ("GUIDANCE_SCALE", -1),
     ("PRECISION", "fp16"), ("RESUME", "no"), ("CHECKPOINT_EVERY", 0), ("PICTURE_COLUMNS", 0)]
 
@@ -116,17 +116,19 @@ def test_all_bad_constants_are_named_at_once(monkeypatch):
     assert refused().count("got -1") == 3
 
 
-def test_linear_schedule_that_does_not_end_in_noise_is_refused(monkeypatch):
-    monkeypatch.setattr(script_unet, "BETA_SCHEDULE", "linear")
-    monkeypatch.setattr(script_unet, "BETA_END", 0.01)
+@pytest.mark.parametrize("start, end", [(1e-4, 0.01), (1e-4, 0.12), (1e-9, 0.02), (0.02, 1e-9)])
+def test_linear_schedule_that_leaves_some_image_or_has_equal_steps_in_float32_is_refused(
+        monkeypatch, start, end):
+    for name, value in (("SCHEDULE", "linear"), ("START", start), ("END", end)):
+        monkeypatch.setattr(script_unet, f"BETA_{name}", value)
     message = refused()
-    assert "BETA_START" in message and "BETA_END" in message and "got 0.0001 and 0.01" in message
+    assert "BETA_START" in message and "BETA_END" in message and f"got {start} and {end}" in message
 
 
 def test_the_limits_themselves_are_allowed(monkeypatch):
     good = [("EPOCHS", 1), ("BATCH_SIZE", 2), ("LEARNING_RATE", 1), ("WEIGHT_DECAY", 0),
             ("DROPOUT", 0.5), ("LABEL_DROPOUT", 0), ("EMA_GAMMA", 0), ("IMG_SIZE", 16),
-            ("IMG_SIZE", 64), ("PATCH_SIZE", 1), ("PATCH_SIZE", 4), ("NUM_DIFFUSION_STEPS", 2),
+            ("IMG_SIZE", 64), ("PATCH_SIZE", 1), ("PATCH_SIZE", 4), ("NUM_DIFFUSION_STEPS", 3),
             ("NUM_DIFFUSION_STEPS", 1000), ("BETA_SCHEDULE", "linear"), ("SAMPLING_STEPS", 1),
             ("SAMPLING_ETA", 1), ("GUIDANCE_SCALE", 0), ("PRECISION", "bf16"), ("RESUME", False)]
     for name, value in good:

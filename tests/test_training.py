@@ -2,9 +2,11 @@
 
 import contextlib
 import csv
+import errno
 import io
 import os
 import random
+import re
 import signal
 from pathlib import Path
 
@@ -354,11 +356,41 @@ def test_disk_space_that_a_resumed_run_has_already_used_is_not_asked_for_again(r
             run()
 
 
-def test_second_run_in_the_folder_is_refused(run, monkeypatch):
+@pytest.mark.parametrize("prefix", [script_unet.CHECKPOINT_PREFIX, "another"])
+def test_second_run_in_the_folder_is_refused(run, monkeypatch, prefix):
+    def start_another():
+        monkeypatch.setattr(script_unet, "CHECKPOINT_PREFIX", prefix)
+        monkeypatch.setattr(script_unet, "run", fail)   # what must not be reached
+        main()
+
     monkeypatch.setattr(script_unet, "EPOCHS", 1)
-    before_step(monkeypatch, 3, main)
+    before_step(monkeypatch, 3, start_another)
     with pytest.raises(UserError, match="another run"):
         run()
+
+
+def test_disk_without_locks_does_not_stop_a_run(run, monkeypatch):
+    def refuse(*_args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(script_unet, "EPOCHS", 1)
+    monkeypatch.setattr("fcntl.flock", refuse)
+    run()
+    assert checkpoint("last").exists()
+
+
+@pytest.mark.parametrize("above", ["", "models/", "absolute"])
+def test_prefix_may_have_folders_and_brackets(run, monkeypatch, tmp_path, capsys, above):
+    prefix = f"{tmp_path if above == 'absolute' else '.'}/{above}run[1]"
+    for name, value in (("EPOCHS", 1), ("CHECKPOINT_EVERY", 1), ("CHECKPOINT_PREFIX", prefix)):
+        monkeypatch.setattr(script_unet, name, value)
+    run()
+    for what in ("last", "best_model"):
+        checkpoint(what).unlink()
+    checkpoint("epoch_1").with_name("run1_epoch_9.pt").touch()   # another's, which [1] would match
+    monkeypatch.setattr(script_unet, "EPOCHS", 2)
+    run()
+    assert re.search(r"resuming   .*run\[1\]_epoch_1.pt", capsys.readouterr().out)
 
 
 # Faults
