@@ -72,7 +72,7 @@ RESUME = True               # go on from the newest checkpoint; False sets older
 CHECKPOINT_EVERY = 10       # epochs between the numbered checkpoints
 PICTURE_COLUMNS = 10        # samples a class, and steps shown on the way from noise to image
 PICTURE_DIR = "epoch_visualizations"
-CHECKPOINT_PREFIX = "fashion_mnist_diffusion"  # what the checkpoints' names start with
+CHECKPOINT_PREFIX = "fashion_mnist_diffusion"  # what the checkpoints' paths start with
 
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
                "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
