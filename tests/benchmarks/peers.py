@@ -1,9 +1,10 @@
 """Three published diffusion trainers from PyPI, set up as their authors train 28 x 28 images.
 
 throughput.py times their training steps, ten_minutes.py trains them. All compute in float32, as
-published. Two things are left out, both to the peers' advantage: their data loaders, as batches
-come from memory, and the random mirroring that two of them do, as the evaluation would count a
-shoe that points the wrong way against them.
+published for a CPU (on a GPU denoising-diffusion-pytorch's README asks for fp16 and flash
+attention, and would be faster than here). Two things are left out, both to the peers' advantage:
+their data loaders, as batches come from memory, and the random mirroring that two of them do, as
+the evaluation would count a shoe that points the wrong way against them.
 """
 
 import sys

@@ -4,10 +4,10 @@
     python tests/benchmarks/ten_minutes.py --peer diffusers
     python tests/benchmarks/ten_minutes.py --seconds 120 'CHANNELS=(64, 128)' 'BLOCKS=(1, 1)'
 
-Trains this project's default configuration, or one with other constants, but for as many epochs as fit into the time, or one
-of the peers in peers.py by its published recipe for the same time, on this machine. Then samples
-it, prints evaluate.py's table and saves a picture. Only training steps count as training time:
-what script_unet.py does between epochs (held-out loss, pictures, checkpoints) is added up apart.
+Trains this project's default configuration, or one with other constants, for as many epochs as
+fit into the time, or one of the peers in peers.py by its published recipe for the same time. Then
+samples it, prints evaluate.py's table and saves the samples. Only training steps count as training
+time: what script_unet.py does between epochs (held-out loss, pictures, checkpoints) is added apart.
 """
 
 import argparse
@@ -41,7 +41,6 @@ def train_ours(images, labels, seconds):
     script_unet.EPOCHS = max(1, int(seconds * rate / per_epoch))
     print(f"{rate:.0f} images/s: {script_unet.EPOCHS} epochs of {per_epoch:,} images")
 
-    Path(script_unet.PICTURE_DIR).mkdir(parents=True, exist_ok=True)
     trainer, training, between = script_unet.Trainer(device), 0.0, 0.0
     for _ in range(script_unet.EPOCHS):
         start = time.perf_counter()
@@ -80,11 +79,11 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("constants", nargs="*", metavar="NAME=VALUE",
-                        help="constants of script_unet.py to change")
+                        help="constants of script_unet.py to change, not with --peer")
     parser.add_argument("--seconds", type=float, default=600, help="of training, default 600")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, metavar="DIR",
-                        help="for all files; default: a folder in tests/benchmarks/.cache/")
+                        help="for the results; default: a folder in tests/benchmarks/.cache/")
     parser.add_argument("--samples", type=evaluate.per_class, default=200, metavar="N",
                         help="images of each class to evaluate, default 200; the peers' samplers "
                         "need up to 1000 steps an image, which may take hours without a GPU")
@@ -92,23 +91,26 @@ def main():
     parser.add_argument("--batch-size", type=int, help="of the peer, default as published")
     args = parser.parse_args()
     name = args.peer or "_".join(["ours", *args.constants])
-    for constant in args.constants:
-        key, value = constant.split("=", 1)
-        if not hasattr(script_unet, key):
-            parser.error(f"script_unet.py has no constant {key}")
-        setattr(script_unet, key, ast.literal_eval(value))
-    script_unet.check_constants()
+    script_unet.SEED = args.seed
+    try:
+        for key, value in (constant.split("=", 1) for constant in args.constants):
+            if args.peer or key in ("SEED", "EPOCHS") or key not in vars(script_unet):
+                parser.error(f"{key} is no constant that can be changed here")
+            setattr(script_unet, key, ast.literal_eval(value))
+        script_unet.check_constants()
+    except (ValueError, SyntaxError, script_unet.UserError) as error:
+        parser.error(f"constants are given as 'EMA_GAMMA=8' or 'PRECISION=\"fp32\"': {error}")
     folder = args.output or evaluate.CACHE / f"ten_minutes_{name}_seed{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
 
-    script_unet.SEED = args.seed
     script_unet.DATA_DIR = str(Path(script_unet.DATA_DIR).absolute())  # the folder will change
     script_unet.keep_freed_memory()
-    torch.manual_seed(args.seed)
     device = script_unet.pick_device()
     images, original_labels = evaluate.real_images("train")
     images, original_labels = images.to(device), original_labels.to(device)
     labels = torch.arange(10).repeat_interleave(args.samples)
+    floor = evaluate.evaluate_floor(args.samples)   # now: it may fail, or train the classifier
+    torch.manual_seed(args.seed)
     if args.peer:
         try:
             peer = peers.PEERS[args.peer](device)
@@ -119,7 +121,7 @@ def main():
         draw = peer.sample
         asked = labels if peer.conditional else None
     else:
-        with contextlib.chdir(folder):
+        with contextlib.chdir(folder), script_unet.hold_folder():
             checkpoint = train_ours(images, original_labels, args.seconds)
         model, asked = script_unet.load_denoiser(checkpoint), labels
 
@@ -130,9 +132,10 @@ def main():
     samples = draw(labels)
     seconds = time.perf_counter() - start
     evaluate.save_picture(samples, folder / "samples.png")
+    torch.save(samples, folder / "samples.pt")
     figures = evaluate.evaluate(samples, asked)
     print(f"{name}: {len(samples):,} samples drawn in {seconds:.1f} s, see {folder}/samples.png")
-    evaluate.print_table(figures, evaluate.evaluate_floor(args.samples))
+    evaluate.print_table(figures, floor)
 
 
 if __name__ == "__main__":
