@@ -269,7 +269,7 @@ class SelfAttention(nn.Module):
 
 # ---- The noise schedule, and the model that carries it -----------------------------------------
 def noise_schedule(steps, kind, beta_start, beta_end):
-    """betas (T,), float64. Raises UserError unless they end in noise: abar[T-1] < 0.001.
+    """betas (T,), float64. Raises UserError unless they end in noise, abar[T-1] < 0.001.
     "cosine": [2] eq. 17 with s = 0.008 and betas up to 0.999. "linear": [1] section 4, scaled by
     1000 / T, so that every T ends as the published T = 1000 does."""
     if kind == "cosine":
@@ -563,6 +563,8 @@ def draw_losses(history):
 TRAINED = ("model", "average", "guide", "muon", "adamw")  # a Trainer's, and a checkpoint's
 def checkpoint_path(what):  # "last", "best_model" or "epoch_10"
     return Path(f"{CHECKPOINT_PREFIX}_{what}.pt")
+def find_checkpoints(*whats):  # those that exist; "epoch_*" for all of these
+    return [Path(p) for w in whats for p in glob.glob(f"{glob.escape(CHECKPOINT_PREFIX)}_{w}.pt")]
 
 def read_checkpoint(path):
     """The checked state in a file, executing nothing. Raises UserError, naming a bad file."""
@@ -595,8 +597,7 @@ def newest_checkpoint(constants):
     """(path, state) of the newest whole checkpoint, path None for none; sets damaged ones aside.
     Raises UserError when it is of another model than the constants describe."""
     found = [(-1, None, {"constants": constants})]
-    numbered = map(Path, glob.glob(glob.escape(CHECKPOINT_PREFIX) + "_epoch_*.pt"))
-    for path in filter(Path.exists, [*map(checkpoint_path, ("last", "best_model")), *numbered]):
+    for path in find_checkpoints("last", "best_model", "epoch_*"):
         try:
             if not RESUME:
                 raise UserError("RESUME is False")
@@ -825,8 +826,7 @@ def report(model, folder, images, heldout):
     """Say what will be done. Raises UserError when the disk is too small for it."""
     (parameters, flops), device = model_size(model), model.abar.device
     chip = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    changed = [f"{name} = {globals()[name]!r}" for name, allowed in ALLOWED.items()
-               if globals()[name] != allowed[0]]
+    changed = [f"{k} = {globals()[k]!r}" for k, v in ALLOWED.items() if globals()[k] != v[0]]
     print(f"device     {device} ({chip}), {precision(device)}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}\n"
           f"data       {len(images):,} training and {len(heldout):,} held-out images, {folder}\n"
@@ -836,7 +836,7 @@ def report(model, folder, images, heldout):
           f"outputs    {checkpoint_path('*')}, training_loss.png, training_log.csv, "
           f"{PICTURE_DIR}/", flush=True)
     needed = 20 * parameters * (4 + EPOCHS // CHECKPOINT_EVERY) + 10**6 * EPOCHS  # bytes at most
-    saved = sum(map(os.path.getsize, glob.glob(glob.escape(CHECKPOINT_PREFIX) + "_*.pt")))
+    saved = sum(path.stat().st_size for path in find_checkpoints("*"))
     if (free := shutil.disk_usage(checkpoint_path("last").parent).free + saved) < needed:
         raise UserError(f"{checkpoint_path('*').absolute()}: {free / 1e6:.0f} MB free, needed are "
                         f"{needed / 1e6:.0f}: free some, raise CHECKPOINT_EVERY or lower EPOCHS")

@@ -326,13 +326,13 @@ def main():
 
     try:
         model = script_unet.load_denoiser(args.checkpoint)
-        guide = script_unet.load_denoiser(args.guide or args.checkpoint)
+        guide = args.guide and script_unet.load_denoiser(args.guide)
     except script_unet.UserError as error:
         sys.exit(str(error))
     if (size := model.constants["IMG_SIZE"]) != 28:
         sys.exit(f"{args.checkpoint} draws {size} x {size} images; only 28 x 28 can be judged")
     script_unet.keep_freed_memory()
-    if args.guide:
+    if guide:
         if not torch.equal(guide.abar, model.abar):
             sys.exit(f"{args.guide} has another noise schedule than {args.checkpoint}")
         classes = guide.class_embedding.weight
