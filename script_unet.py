@@ -734,8 +734,8 @@ def exit_if_asked(trainer, images, labels, stop):
     if number := over_processes(torch.tensor(max(stop, default=0)), "MAX").item():
         finish_average(trainer, images, labels)
         trainer.save("last")
-        print(f"stopped by {signal.Signals(number).name}, saved in {checkpoint_path('last')}: "
-              f"{'' if RESUME else 'set RESUME = True, '}run the same command again to go on")
+        print(f"stopped by {signal.Signals(number).name}, saved in {checkpoint_path('last')}: run "
+              f"the same command again {'with RESUME = True ' * (not RESUME)}to go on", flush=True)
         sys.exit(128 + number)
 
 def train(trainer, images, labels, heldout, stop):

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+import shutil
 import subprocess
 import symtable
 import sys
@@ -30,7 +31,8 @@ BAD = [
     ("NUM_DIFFUSION_STEPS", 2), ("NUM_DIFFUSION_STEPS", 20_000), ("NUM_DIFFUSION_STEPS", 100.0),
     ("BETA_SCHEDULE", "cosin"), ("BETA_SCHEDULE", None), ("BETA_START", 0), ("BETA_END", -0.02),
     ("SAMPLING_STEPS", 0), ("SAMPLING_ETA", -0.1), ("SAMPLING_ETA", 1.1), ("GUIDANCE_SCALE", -1),
-    ("PRECISION", "fp16"), ("RESUME", "no"), ("CHECKPOINT_EVERY", 0), ("PICTURE_COLUMNS", 0)]
+    ("PRECISION", "fp16"), ("RESUME", "no"), ("CHECKPOINT_EVERY", 0), ("PICTURE_COLUMNS", 0),
+    ("PICTURE_COLUMNS", 1)]
 
 
 def refused():
@@ -94,6 +96,7 @@ def test_bad_constant_edited_in_the_file_is_refused_as_well(edited, name, value)
 def test_constant_edited_in_the_file_is_printed_as_differing_from_its_default(
         edited, fresh, tmp_path, monkeypatch, capsys, name, value):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 10**12}))
     said = []
     for module in (fresh, edited(name, value)):
         module.report(module.FashionMNISTUNetDenoiser(), "folder", [], [])
@@ -126,11 +129,18 @@ def test_linear_schedule_that_leaves_some_image_or_has_equal_steps_in_float32_is
 
 
 def test_the_limits_themselves_are_allowed(monkeypatch):
-    good = [("EPOCHS", 1), ("BATCH_SIZE", 2), ("LEARNING_RATE", 1), ("WEIGHT_DECAY", 0),
-            ("DROPOUT", 0.5), ("LABEL_DROPOUT", 0), ("EMA_GAMMA", 0), ("IMG_SIZE", 16),
-            ("IMG_SIZE", 64), ("PATCH_SIZE", 1), ("PATCH_SIZE", 4), ("NUM_DIFFUSION_STEPS", 3),
-            ("NUM_DIFFUSION_STEPS", 1000), ("BETA_SCHEDULE", "linear"), ("SAMPLING_STEPS", 1),
-            ("SAMPLING_ETA", 1), ("GUIDANCE_SCALE", 0), ("PRECISION", "bf16"), ("RESUME", False)]
+    good = [("EPOCHS", 1), ("EPOCHS", 1_000_000), ("BATCH_SIZE", 2), ("BATCH_SIZE", 100_000),
+            ("LEARNING_RATE", 1e-9), ("LEARNING_RATE", 10), ("MUON_LEARNING_RATE", 10),
+            ("WARMUP_STEPS", 1), ("WEIGHT_DECAY", 0), ("WEIGHT_DECAY", 10),
+            ("GRADIENT_CLIP", 1e9), ("DROPOUT", 0.99), ("LABEL_DROPOUT", 0),
+            ("LABEL_DROPOUT", 0.99), ("EMA_GAMMA", 0), ("SEED", 10**9), ("IMG_SIZE", 16),
+            ("IMG_SIZE", 64), ("PATCH_SIZE", 1), ("PATCH_SIZE", 4), ("CHANNELS", (1, 1, 9984)),
+            ("BLOCKS", (0, 0, 100)), ("EMBEDDING_DIM", 1), ("ATTENTION_HEAD_DIM", 1),
+            ("NUM_DIFFUSION_STEPS", 3), ("NUM_DIFFUSION_STEPS", 10_000),
+            ("BETA_SCHEDULE", "linear"), ("SAMPLING_STEPS", 1), ("SAMPLING_ETA", 1),
+            ("GUIDANCE_SCALE", 0), ("GUIDANCE_SCALE", 100), ("PRECISION", "bf16"),
+            ("RESUME", False), ("CHECKPOINT_EVERY", 1), ("PICTURE_COLUMNS", 2),
+            ("PICTURE_COLUMNS", 100)]
     for name, value in good:
         with monkeypatch.context() as patch:
             patch.setattr(script_unet, name, value)
@@ -157,6 +167,16 @@ def test_picture_dir_that_is_a_file_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(tiny, "PICTURE_DIR", "taken")
     with pytest.raises(UserError, match="PICTURE_DIR = 'taken'"):
         main()
+
+
+def test_folder_that_cannot_be_written_to_is_refused_before_training(tiny, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tiny.tempfile, "TemporaryFile", refuse)     # root may write anywhere
+    with pytest.raises(UserError, match="PICTURE_DIR.*CHECKPOINT_PREFIX.*writable.*denied"):
+        main()
+    assert not list(Path().rglob("*.p[tn]*"))
 
 
 def test_too_little_disk_is_refused_before_training(tiny, monkeypatch):

@@ -86,9 +86,10 @@ def test_other_image_sizes_are_resampled_as_pillow_does(monkeypatch, size):
     images, same_labels = load_fashion_mnist("test", RAW)
     assert images.shape == (200, 1, size, size) and images.dtype == torch.uint8
     assert torch.equal(labels, same_labels)
-    for image, original in zip(images[:20], whole):
-        by_pillow = Image.fromarray(original[0].numpy()).resize((size, size), Image.BILINEAR)
-        assert abs(image[0].int() - torch.tensor(np.array(by_pillow)).int()).max() <= 1
+    by_pillow = [Image.fromarray(image[0].numpy()).resize((size, size), Image.BILINEAR)
+                 for image in whole[:20]]
+    difference = images[:20, 0].int() - torch.tensor(np.array(list(map(np.array, by_pillow))))
+    assert abs(difference).max() <= 1 and abs(difference.float().mean()) < 0.03     # none cut off
 
 
 def test_float_and_uint8_are_each_others_inverse():

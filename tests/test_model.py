@@ -2,16 +2,17 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import TINY, awake
+from conftest import ROOT, TINY, awake
 from torch.utils.flop_counter import FlopCounterMode
 
 import script_unet
 from script_unet import (DoubleConv, Down, FashionMNISTUNetDenoiser, PatchConv, PatchExpand,
                          ResBlock, SelfAttention, Up, diffusion_loss, model_size,
-                         refresh_batch_norm, sample, to_float)
+                         refresh_batch_norm, sample, time_embedding, to_float)
 
 SIZES = [(1, 1), (4, 4), (5, 7), (7, 5), (8, 6), (13, 11)]
 
@@ -66,6 +67,44 @@ def test_block_keeps_the_shape_and_listens_to_the_embedding(block, height, width
     y = module(x, torch.randn(2, 8))
     assert y.shape == x.shape
     assert (y - module(x, torch.randn(2, 8))).abs().max() > 1e-3
+
+
+def double_conv_in_float64(block, separable, x, emb):
+    """What a DoubleConv in eval mode computes, from its weights, in elementary operations."""
+    block, x = copy.deepcopy(block).double(), x.double()
+
+    def hard_swish(x):
+        return x * (x + 3).clamp(0, 6) / 6
+
+    def normal(norm, x):
+        mean, var = (part[:, None, None] for part in (norm.running_mean, norm.running_var))
+        return (x - mean) / (var + norm.eps).sqrt() * norm.weight[:, None, None] + (
+            norm.bias[:, None, None])
+
+    def conv(module, x):
+        return nn.functional.conv2d(x, module.weight, module.bias, groups=module.groups,
+                                    padding=module.kernel_size[0] // 2)
+
+    convs = [part for part in (*block.first, *block.second) if isinstance(part, nn.Conv2d)]
+    if not separable:
+        x = hard_swish(normal(block.first[0], x))
+    scale, shift = (emb.double() @ block.scale_shift.weight.T
+                    + block.scale_shift.bias)[..., None, None].chunk(2, dim=1)
+    x = normal(block.norm, conv(convs[0], x)) * (1 + scale) + shift
+    if separable:
+        x = conv(convs[1], x)
+    return conv(convs[-1], hard_swish(x))
+
+
+@pytest.mark.parametrize("kind", [(False, 3), (False, 1), (True, 3)])
+def test_double_conv_is_its_formula(kind):
+    x, emb, block = torch.randn(2, 8, 5, 7), torch.randn(2, 12), DoubleConv(8, 12, 0.0, *kind)
+    awake(block).train()(torch.randn(9, 8, 5, 7), torch.randn(9, 12))   # moves the statistics
+    expected = double_conv_in_float64(block.eval(), kind[0], x, emb)
+    torch.testing.assert_close(block(x, emb).double(), expected, rtol=1e-4, atol=1e-5)
+    residual = ResBlock(8, 12, 0.0, *kind).eval()
+    residual.double_conv.load_state_dict(block.state_dict())
+    torch.testing.assert_close(residual(x, emb).double(), x + expected, rtol=1e-4, atol=1e-5)
 
 
 def test_untrained_residual_parts_are_the_identity():
@@ -167,7 +206,8 @@ def test_attention_costs_as_much_a_pixel_on_every_grid():
 
 @pytest.mark.parametrize("patch", [1, 2, 3, 4])
 @pytest.mark.parametrize("size", [16, 17, 28, 33, 64])
-def test_every_image_and_patch_size_trains_and_samples(tiny, monkeypatch, size, patch):
+def test_every_weight_gets_a_gradient_at_every_image_and_patch_size(
+        tiny, monkeypatch, size, patch):
     monkeypatch.setattr(tiny, "IMG_SIZE", size)
     monkeypatch.setattr(tiny, "PATCH_SIZE", patch)
     model = FashionMNISTUNetDenoiser()
@@ -177,7 +217,6 @@ def test_every_image_and_patch_size_trains_and_samples(tiny, monkeypatch, size, 
     diffusion_loss(awake(model).train(), x_start, t, labels, noise).sum().backward()
     for name, p in model.named_parameters():
         assert p.grad.isfinite().all() and p.grad.any(), name
-    assert sample(model.eval(), [1, 2, 3], steps=2).shape == (3, 1, size, size)
 
 
 @pytest.mark.parametrize("channels, blocks", [
@@ -210,8 +249,35 @@ def test_prediction_depends_on_time_and_on_each_class_and_the_null_class(tiny):
         assert nn.functional.pdist(v).min() > 1e-2
 
 
+def test_time_is_embedded_as_cosines_and_sines_of_a_thousandfold_range():
+    time = np.linspace(0, 1, 7)
+    angles = np.outer(time, np.geomspace(1, 1000, 32))
+    torch.testing.assert_close(
+        time_embedding(torch.tensor(time, dtype=torch.float32)).double(),
+        torch.tensor(np.concatenate([np.cos(angles), np.sin(angles)], axis=1)), rtol=0, atol=2e-4)
+
+
+def test_time_is_a_share_of_the_steps(tiny):
+    fine = awake(FashionMNISTUNetDenoiser({"NUM_DIFFUSION_STEPS": 100}))
+    coarse = FashionMNISTUNetDenoiser({"NUM_DIFFUSION_STEPS": 20}).eval()
+    coarse.load_state_dict(fine.state_dict())
+    x_t, t, labels = torch.randn(5, 1, 28, 28), torch.arange(0, 20, 4), torch.arange(5)
+    torch.testing.assert_close(coarse(x_t, t, labels), fine(x_t, 5 * t, labels))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dropout_of_the_model_is_that_of_each_residual_block(tiny, dropout):
+    modules = list(FashionMNISTUNetDenoiser(dropout=dropout).modules())
+    blocks = sum(isinstance(module, ResBlock) for module in modules)
+    shares = [module.p for module in modules if isinstance(module, nn.Dropout)]
+    assert shares == [dropout] * blocks and blocks == 4     # down, down, middle, up
+
+
 def test_default_model_uses_every_block():
-    used = {type(module) for module in FashionMNISTUNetDenoiser().modules()}
+    model, used = FashionMNISTUNetDenoiser().eval(), set()
+    for module in model.modules():
+        module.register_forward_hook(lambda module, *_: used.add(type(module)))
+    model(torch.zeros(1, 1, 28, 28), *torch.zeros(2, 1, dtype=torch.long))
     assert used >= {PatchConv, PatchExpand, DoubleConv, ResBlock, Down, Up, SelfAttention}
 
 
@@ -228,6 +294,8 @@ def test_default_model_fits_its_budget():
     parameters, flops = model_size(model)
     assert parameters == sum(p.numel() for p in model.parameters()) <= 8_000_000
     assert flops == operations(model, torch.zeros(1, 1, 28, 28), label, label) <= 120_000_000
+    said = f"{parameters / 1e6:.2f} M parameters and {flops / 1e6:.1f} MFLOP per image"
+    assert said in (ROOT / "README.md").read_text()
 
 
 def test_averaged_model_predicts_in_eval_mode_as_well_as_with_a_big_batchs_statistics(

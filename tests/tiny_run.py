@@ -2,10 +2,13 @@
 
     python tests/tiny_run.py 'EPOCHS = 3' 'kill_at(9, 0)'
 
-Each argument is Python, executed before main(): a constant to set, or a call of what is defined here.
+Each argument is Python, executed before main(): a constant to set, or a call of what is defined
+here.
 """
 
+import functools
 import gc
+import itertools
 import os
 import signal
 import sys
@@ -41,17 +44,33 @@ def kill_at(step, rank, number=signal.SIGKILL):
     script_unet.Trainer.step = outer
 
 
-def fork_for_each_line():
-    """Let a fork go on for each line of standard input; print its number and how it ended.
+def kill_at_event(number):
+    """Have this process kill itself before its step, sampling, flush or rename of that number."""
+    count = itertools.count(1)
 
-    As real a process as any, but torch, whose import takes seconds, is there already. Ends with
-    the input, or when a fork ends otherwise than by SIGKILL.
+    def counted(inner):
+        def outer(*args, **kwargs):
+            if next(count) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return inner(*args, **kwargs)
+        return outer
+
+    for owner, name in ((script_unet.Trainer, "step"), (script_unet, "sample"),
+                        (os, "fsync"), (os, "replace")):
+        setattr(owner, name, counted(getattr(owner, name)))
+
+
+def fork_for_each_line():
+    """Let a fork go on for each line of standard input, until its event of the number there.
+
+    As real a process as any, but torch, whose import takes seconds, is there already. Prints how
+    each ended. Ends with the input, or when a fork ends otherwise than by SIGKILL.
     """
-    for _ in sys.stdin:
+    import torch._dynamo  # noqa: F401 (which the optimizers import)
+    for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            return
-        print(f"forked {pid}", flush=True)
+            return kill_at_event(int(line))
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         print(f"\nended {status}", flush=True)  # the line that was cut off may have no end
         if status != -signal.SIGKILL:
@@ -65,14 +84,16 @@ def note_memory():
 
     def outer(*args):
         inner(*args)
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        with open("memory", "a") as file:
-            print(pages * os.sysconf("SC_PAGE_SIZE"), file=file)
+        if sys.platform == "linux":
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            with open("memory", "a") as file:
+                print(pages * os.sysconf("SC_PAGE_SIZE"), file=file)
 
     script_unet.finish_epoch = outer
 
 
 if __name__ == "__main__":
+    torch.backends.mps.is_available = functools.cache(lambda: False)
     torch.set_num_threads(1)    # so small a model is faster so
     gc.freeze()                 # and so is the collection at the end of each epoch
     vars(script_unet).update(TINY)
