@@ -228,19 +228,14 @@ def test_the_program_fits_900_lines_of_at_most_100_characters():
     assert len(lines) <= 900 and max(map(len, lines)) <= 100
 
 
-def test_each_section_uses_only_what_stands_above_its_end():
+def test_each_function_and_class_uses_only_what_stands_above_it():
     source = SCRIPT.read_text()
-    heads = [i for i, line in enumerate(source.splitlines(), 1) if line.startswith("# ---- ")]
-
-    def section(line):
-        return sum(head < line for head in heads)
-
     home = {}
     for node in ast.parse(source).body:
         names = [node.name] if hasattr(node, "name") else [
             part.id for part in ast.walk(node)
             if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
-        home |= dict.fromkeys(names, section(node.lineno))
+        home |= dict.fromkeys(names, node.lineno)
 
     def uses(table):
         names = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
@@ -248,5 +243,5 @@ def test_each_section_uses_only_what_stands_above_its_end():
 
     definitions = symtable.symtable(source, "script_unet.py", "exec").get_children()
     late = [(definition.get_name(), name) for definition in definitions
-            for name in uses(definition) if home.get(name, 0) > section(definition.get_lineno())]
-    assert len(heads) > 9 and "q_sample" in home and not late
+            for name in uses(definition) if home.get(name, 0) > definition.get_lineno()]
+    assert len(definitions) > 60 and "q_sample" in home and not late
