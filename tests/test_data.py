@@ -191,6 +191,19 @@ def test_download_fills_data_dir_with_files_that_torchvision_finds_too(places):
     assert [path.name for path in data_dir.iterdir()] == ["FashionMNIST"]
 
 
+def test_download_replaces_the_four_files_and_nothing_else(places):
+    mirror_files(places)
+    shutil.copytree(RAW, places[0])
+    (places[0] / FILES["labels"]).unlink()
+    mine = [places[0] / "notes", places[0].parent / "notes"]
+    for path in mine:
+        path.touch()
+    (places[0] / FILES["images"]).write_bytes(b"old")
+    assert find_data() == places[0] and all(path.exists() for path in mine)
+    for path in RAW.iterdir():
+        assert (places[0] / path.name).read_bytes() == path.read_bytes()
+
+
 def test_second_run_downloads_nothing(places, monkeypatch):
     mirror_files(places)
     find_data()
