@@ -40,7 +40,7 @@ EPOCHS = 150                # passes over the training images
 BATCH_SIZE = 256            # images per optimizer step
 LEARNING_RATE = 2.8e-3      # AdamW's peak, times min(1, sqrt(20 / EPOCHS)); falls as (1 - done)^2
 MUON_LEARNING_RATE = 0.028  # the same of Muon [9], which trains kernels of 16 or more channels
-WARMUP_STEPS = 100          # first optimizer steps, in which learning rates rise to their peak
+WARMUP_STEPS = 100          # learning rates rise over these steps, as statistics and moments settle
 WEIGHT_DECAY = 0.1          # each step shrinks all weights by this times the learning rate
 GRADIENT_CLIP = 1.0         # largest L2 norm of the whole gradient
 DROPOUT = 0.0               # probability in each residual block; 60,000 images need none
@@ -396,12 +396,12 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     steps is DDPM [1], eta = 0 a second-order solver and corrector [6], between: solver plus noise.
     Guidance: guide + scale (model - guide), [5] eq. 6 with w = scale - 1 and [10]'s weaker guide;
     both are clipped first: a difference between two overshoots would be grain in the background.
-    The noise of image i depends on seed and i alone: N and batch_size change but rounding, 1e-4 in
+    The noise of image i depends on seed and i alone: N and batch_size change only rounding, 1e-4 in
     fp32. callback(t, x_t) sees all images before each step t and, with t = -1, the result."""
     steps, eta, seed = (default if given is None else given for given, default in zip(
         (steps, eta, seed), (SAMPLING_STEPS, SAMPLING_ETA, SEED)))
     abar, size = model.abar.tolist() + [1.0], model.constants["IMG_SIZE"]
-    lam = [math.log(a / (1 - a)) / 2 for a in [*abar[:-1], abar[0]]]    # log(SNR) / 2; -1's as 0's
+    lam = [math.log(a / (1 - a)) / 2 for a in [*abar[:-1], abar[0]]]    # log(SNR) / 2; -1 like 0
     labels = torch.as_tensor(labels, device=model.abar.device)
     streams = [generator("sample", seed, i) for i in range(len(labels))]
     def fresh_noise():  # a stream an image, on the CPU: the same on all machines, in any batch
@@ -596,7 +596,7 @@ def load_denoiser(path, device=None):
 def newest_checkpoint(constants):
     """(path, state) of the newest whole checkpoint, path None for none; sets damaged ones aside.
     Raises UserError when it is of another model than the constants describe."""
-    found = [(-1, None, {"constants": constants})]  # for none
+    found = [(-1, None, {"constants": constants})]  # if there is none
     for path in find_checkpoints("last", "best_model", "epoch_*"):
         try:
             if not RESUME:

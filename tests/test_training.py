@@ -633,14 +633,6 @@ def test_heldout_loss_is_fixed_and_by_noise_level(tiny):
     assert thirds.diff().abs().min() > 1e-3
 
 
-def assert_standard_noise(x_t, x_start, t, abar):
-    """That x_t is x_start with independent standard noise of the steps t."""
-    a = abar[t].view(-1, 1, 1, 1)
-    noise = ((x_t - a.sqrt() * x_start) / (1 - a).sqrt()).flatten(1)
-    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
-    assert noise.corrcoef().fill_diagonal_(0).abs().max() < 0.25
-
-
 def test_heldout_loss_asks_about_every_image_with_its_label_and_noise_of_its_own(tiny):
     images, labels = load_fashion_mnist("test")
     seen = []
@@ -648,7 +640,10 @@ def test_heldout_loss_asks_about_every_image_with_its_label_and_noise_of_its_own
     heldout_loss(model, images, labels)
     x_t, t, y = map(torch.cat, zip(*seen))
     assert torch.equal(y, labels) and torch.equal(t, torch.arange(200) % 20)
-    assert_standard_noise(x_t, tiny.to_float(images), t, model.abar)
+    a = model.abar[t].view(-1, 1, 1, 1)
+    noise = ((x_t - a.sqrt() * tiny.to_float(images)) / (1 - a).sqrt()).flatten(1)
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    assert noise.corrcoef().fill_diagonal_(0).abs().max() < 0.25
 
 
 def test_batch_statistics_are_measured_on_noisy_training_images_with_their_labels(
