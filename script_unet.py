@@ -96,8 +96,8 @@ def generator(*keys):
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 def pick_device():
-    """CUDA, then MPS, then the CPU."""
-    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    """CUDA, then MPS, which has no way to talk to other processes, then the CPU."""
+    mps = "mps" if torch.backends.mps.is_available() and WORLD_SIZE == 1 else "cpu"
     return torch.device("cuda" if torch.cuda.is_available() else mps)
 
 # ---- Data: four gzipped IDX files, kept in memory as uint8 -------------------------------------
@@ -138,10 +138,9 @@ def find_data():
             for file in Path(aside, "FashionMNIST", "raw").iterdir():
                 os.replace(file, raw / file.name)
     except Exception as error:  # urllib's, ssl's, OSError or RuntimeError
-        raise UserError(
-            f"Fashion-MNIST not found. Tried: {', '.join(tried)}, and torchvision's download into "
-            f"DATA_DIR = {DATA_DIR!r} ({error}). Either put the four .gz files into {raw}, or "
-            "`apt-get install dataset-fashion-mnist` on Debian or Ubuntu") from error
+        raise UserError(f"Fashion-MNIST not found: tried {', '.join(tried)} and a download into "
+                        f"DATA_DIR = {DATA_DIR!r} ({error}). Put the four .gz files into {raw}, or "
+                        "`apt-get install dataset-fashion-mnist` on Debian or Ubuntu") from error
     return raw
 
 def load_fashion_mnist(split, folder=None):
@@ -151,8 +150,7 @@ def load_fashion_mnist(split, folder=None):
     if images.shape[1:] != (28, 28):
         raise bad_data(paths[0], f"holds {images.shape}, not 28 x 28 images")
     if labels.shape != images.shape[:1] or labels.max(initial=0) >= NUM_CLASSES:
-        raise bad_data(paths[1], f"must have a count of {len(images)} labels from 0 to 9, has "
-                                 f"{labels.shape} up to {labels.max(initial=0)}")
+        raise bad_data(paths[1], f"must have a count of {len(images)} labels from 0 to 9")
     images, labels = torch.tensor(images)[:, None], torch.tensor(labels, dtype=torch.long)
     if IMG_SIZE != 28:
         images = torch.cat([F.interpolate(part.float(), (IMG_SIZE, IMG_SIZE), mode="bilinear",
@@ -499,8 +497,8 @@ def atomic_write(path, data):
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path.absolute()} ({error.strerror}); its last version is "
-                        "untouched. Make room or the folder writable, then run again") from error
+        raise UserError(f"cannot write {path.absolute()} ({error.strerror}), the old one is kept. "
+                        "Make room or the folder writable, or close the file, and rerun") from error
 
 def save_figure(figure, path):
     figure.savefig(buffer := io.BytesIO(), format="png", dpi=100)
@@ -532,8 +530,8 @@ def generate_visualizations(model, epoch, final=False):
         names.append("image" if t < 0 else f"t = {t}")
         frames.append(x_t[::columns].cpu())                         # (10, 1, H, W)
     images = sample(model, torch.arange(NUM_CLASSES).repeat_interleave(columns), callback=watch)
-    stem, steps = f"{PICTURE_DIR}/epoch_{epoch}", f"{len(frames) - 1} of {len(model.abar)} steps"
-    about = f"epoch {epoch}, {steps}, guidance {guidance(model):.3g}"
+    stem, steps = Path(PICTURE_DIR, f"epoch_{epoch}"), f"{len(frames) - 1} of {len(model.abar)}"
+    about = f"epoch {epoch}, {steps} steps, guidance {guidance(model):.3g}"
     draw_classes(images, range(1, columns + 1), f"Samples, {about}",
                  "final_fashion_mnist_samples.png" if final else f"{stem}_samples.png")
     if final:
@@ -569,7 +567,7 @@ def find_checkpoints(*whats):  # those that exist; "epoch_*" for all of these
 def read_checkpoint(path):
     """The checked state in a file, executing nothing. Raises UserError, naming a bad file."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(Path(path).read_bytes()), "cpu", weights_only=True)
         state.setdefault("guide", state["average"])  # older versions had none
         [state[name].keys() for name in ("constants", *TRAINED)], state["progress"]["step"] + 0
         for name, value in (item for part in TRAINED[:3] for item in state[part].items()):
@@ -596,17 +594,19 @@ def load_denoiser(path, device=None):
 def newest_checkpoint(constants):
     """(path, state) of the newest whole checkpoint, path None for none; sets damaged ones aside.
     Raises UserError when it is of another model than the constants describe."""
-    found = [(-1, None, {"constants": constants})]  # if there is none
+    newest = (-1, None, {"constants": constants})   # if there is none
     for path in find_checkpoints("last", "best_model", "epoch_*"):
         try:
             if not RESUME:
                 raise UserError("RESUME is False")
             state = read_checkpoint(path)
-            found.append((state["progress"]["step"], path, state))
+            newest = max(newest, (state["progress"]["step"], path, state), key=lambda new: new[0])
         except UserError as error:
+            if isinstance(error.__cause__, OSError):
+                raise  # not permitted, say, or not mounted: it may be whole
             aside = next(new for i in range(1, 9999) if not (new := Path(f"{path}.{i}")).exists())
             print(f"{error}: {path} is kept as {path.rename(aside)}", flush=True)
-    _, path, state = max(found, key=lambda item: item[0])
+    _, path, state = newest
     theirs = state["constants"]
     differing = [f"{name} was {theirs.get(name)}, is {constants.get(name)}"
                  for name in {**constants, **theirs} if theirs.get(name) != constants.get(name)]
@@ -835,11 +835,11 @@ def report(model, folder, images, heldout):
           f"constants  {', '.join(changed) or 'all at their defaults'}\n"
           f"outputs    {checkpoint_path('*')}, training_loss.png, training_log.csv, "
           f"{PICTURE_DIR}/", flush=True)
-    needed = 20 * parameters * (4 + EPOCHS // CHECKPOINT_EVERY) + 10**6 * EPOCHS  # bytes at most
+    need = 20 * parameters * (4 + EPOCHS // CHECKPOINT_EVERY) + 10**6 * EPOCHS  # bytes at most
     saved = sum(path.stat().st_size for path in find_checkpoints("*"))
-    if (free := shutil.disk_usage(checkpoint_path("last").parent).free + saved) < needed:
+    if not RANK and (free := shutil.disk_usage(checkpoint_path("last").parent).free + saved) < need:
         raise UserError(f"{checkpoint_path('*').absolute()}: {free / 1e6:.0f} MB free, needed are "
-                        f"{needed / 1e6:.0f}: free some, raise CHECKPOINT_EVERY or lower EPOCHS")
+                        f"{need / 1e6:.0f}: free some, raise CHECKPOINT_EVERY or lower EPOCHS")
 
 def run(stop):
     """Data, model, resume, training, final pictures."""

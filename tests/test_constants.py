@@ -187,6 +187,14 @@ def test_too_little_disk_is_refused_before_training(tiny, monkeypatch):
     assert not list(Path().rglob("*.p[tn]*"))
 
 
+def test_process_that_writes_nothing_needs_no_disk(tiny, monkeypatch):
+    full = type("usage", (), {"free": 10**6})
+    monkeypatch.setattr(tiny.shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr(tiny, "RANK", 1)
+    model, (images, _) = tiny.FashionMNISTUNetDenoiser(), tiny.load_fashion_mnist("test")
+    tiny.report(model, "folder", images, images)
+
+
 def test_every_constant_but_paths_is_checked(fresh):
     names = set(re.findall(r"^([A-Z_]+) = ", constants_section(), re.MULTILINE))
     paths = {"DATA_DIR", "SYSTEM_DATA_DIR", "PICTURE_DIR", "CHECKPOINT_PREFIX"}

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import gc
 import io
 import itertools
 import os
@@ -10,6 +11,7 @@ import random
 import re
 import shutil
 import signal
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -290,6 +292,39 @@ def test_newest_checkpoint_is_the_one_of_most_steps(tiny, undisturbed, steps):
     path, found = newest_checkpoint(state["constants"])
     assert found["progress"]["step"] == 18
     assert path == checkpoint(("last", "best_model", "epoch_2")[steps.index(18)])
+
+
+def test_unreadable_checkpoint_ends_the_run_and_stays_in_its_place(run, undisturbed, monkeypatch):
+    def refuse(_path):
+        raise PermissionError(13, "Permission denied")
+
+    path = checkpoint("last")
+    path.write_bytes(checkpoint("last", undisturbed[0]).read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)   # root may read anything
+        with pytest.raises(UserError, match=f"{path}.*Permission denied"):
+            run()
+    assert list(Path().glob("*.pt*")) == [path]
+    assert read_checkpoint(path)["progress"]["epoch"] == 3
+
+
+def test_resume_does_not_hold_all_checkpoints_in_memory(run, undisturbed, monkeypatch):
+    read, tensors = [], []
+
+    def watched(path):
+        gc.collect()
+        tensors[:] = [tensor for tensor in tensors if tensor() is not None]
+        read.append(len(tensors))   # still alive from those before
+        state = read_checkpoint(path)
+        tensors.append(weakref.ref(state["model"]["class_embedding.weight"]))
+        return state
+
+    data = checkpoint("last", undisturbed[0]).read_bytes()
+    for epoch in range(1, 5):
+        checkpoint(f"epoch_{epoch}").write_bytes(data)
+    monkeypatch.setattr(script_unet, "read_checkpoint", watched)
+    run()
+    assert len(read) == 4 and max(read) <= 2    # the newest and the one just read
 
 
 def test_run_that_crashes_while_drawing_goes_on_from_the_epoch_before(
@@ -851,11 +886,13 @@ def test_dropout_is_the_constants(tiny, monkeypatch):
     assert {part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)} == {0.3}
 
 
-@pytest.mark.parametrize("cuda, mps, wanted", [
-    (True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
-def test_a_gpu_is_used_when_there_is_one(monkeypatch, cuda, mps, wanted):
+@pytest.mark.parametrize("cuda, mps, processes, wanted", [
+    (True, True, 1, "cuda"), (True, False, 2, "cuda"), (False, True, 1, "mps"),
+    (False, True, 2, "cpu"), (False, False, 1, "cpu")])     # gloo does not know MPS
+def test_a_gpu_is_used_when_there_is_one(monkeypatch, cuda, mps, processes, wanted):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(script_unet, "WORLD_SIZE", processes)
     assert pick_device().type == wanted
 
 
@@ -936,6 +973,15 @@ def coded_sample(level):
         return images
 
     return fake
+
+
+@pytest.mark.parametrize("folder, wanted", [("", "epoch_7_samples.png"),
+                                            ("a/b/", "a/b/epoch_7_samples.png")])
+def test_pictures_go_to_picture_dir(tiny, monkeypatch, folder, wanted):
+    Path("a/b").mkdir(parents=True)
+    monkeypatch.setattr(tiny, "PICTURE_DIR", folder)
+    generate_visualizations(FashionMNISTUNetDenoiser(), 7)
+    assert Path(wanted).exists()
 
 
 def centre_of(gray, level):
