@@ -66,8 +66,7 @@ class Predictor:
 
     def __init__(self, x_start, steps=100, kind="cosine", size=28):
         self.x_start = x_start
-        self.constants = {"IMG_SIZE": size, "NUM_CLASSES": script_unet.NUM_CLASSES,
-                          "NUM_DIFFUSION_STEPS": steps, "BETA_SCHEDULE": kind,
+        self.constants = {"IMG_SIZE": size, "NUM_DIFFUSION_STEPS": steps, "BETA_SCHEDULE": kind,
                           "BETA_START": 1e-4, "BETA_END": 0.02}
         self.abar = script_unet.alphas_cumprod(self.constants)
 
