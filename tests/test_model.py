@@ -163,24 +163,28 @@ def test_up_adds_its_skip():
 # Attention
 
 def quadratic_attention(attention, x):
-    """x + the mixed values in float64, the N x N matrix of weights written out."""
+    """(x + the mixed values, the N x N weights) in float64, the matrix of weights written out."""
     attention, x = copy.deepcopy(attention).double(), x.double()
     b, c, h, w = x.shape
     tokens = attention.norm(x).flatten(2).transpose(1, 2)
     q, k, v = attention.qkv(tokens).chunk(3, dim=-1)
-    heads = []
+    heads, weights = [], []
     for q, k, v in zip(*(part.split(c // attention.heads, dim=-1) for part in (q, k, v))):
-        heads.append((q.softmax(-1) @ k.softmax(1).transpose(1, 2)) @ v)
+        weights.append(q.softmax(-1) @ k.softmax(1).transpose(1, 2))
+        heads.append(weights[-1] @ v)
     mixed = attention.out(torch.cat(heads, dim=-1))
-    return x + mixed.transpose(1, 2).view(b, c, h, w)
+    return x + mixed.transpose(1, 2).view(b, c, h, w), torch.stack(weights)
 
 
 @pytest.mark.parametrize("channels, head_dim", [(8, 8), (12, 4), (6, 1)])
 @pytest.mark.parametrize("height, width", SIZES)
-def test_attention_is_its_quadratic_form(height, width, channels, head_dim):
+def test_attention_is_the_quadratic_form_with_weights_that_sum_to_one(
+        height, width, channels, head_dim):
     attention, x = awake(SelfAttention(channels, head_dim)), torch.randn(2, channels, height, width)
-    expected = quadratic_attention(attention, x)
+    expected, weights = quadratic_attention(attention, x)
     torch.testing.assert_close(attention(x).double(), expected, rtol=1e-4, atol=1e-5)
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
 def test_attention_of_equal_values_returns_them():

@@ -645,6 +645,19 @@ def test_loaded_denoiser_is_guided_by_the_checkpoints_guide(undisturbed):
     assert (drawn[0] - drawn[1]).abs().max() > 1e-3
 
 
+def test_checkpoint_of_a_version_without_a_guide_samples_and_resumes(run, monkeypatch):
+    monkeypatch.setattr(script_unet, "EPOCHS", 1)
+    run()
+    state = torch.load(checkpoint("last"), weights_only=True)
+    del state["guide"]
+    for path in Path().glob("*.pt"):
+        torch.save(state, path)
+    assert sample(load_denoiser(checkpoint("last")), [1], guidance_scale=2.0).isfinite().all()
+    monkeypatch.setattr(script_unet, "EPOCHS", 2)
+    run()
+    assert read_checkpoint(checkpoint("last"))["progress"]["epoch"] == 2
+
+
 def test_heldout_loss_is_fixed_and_by_noise_level(tiny):
     heldout = load_fashion_mnist("test")
     model = awake(FashionMNISTUNetDenoiser())
@@ -968,11 +981,14 @@ def coded_sample(level):
 
 @pytest.mark.parametrize("folder, wanted", [("", "epoch_7_samples.png"),
                                             ("a/b/", "a/b/epoch_7_samples.png")])
-def test_pictures_go_to_picture_dir(tiny, monkeypatch, folder, wanted):
+def test_pictures_go_to_picture_dir_as_announced(tiny, monkeypatch, capsys, folder, wanted):
     Path("a/b").mkdir(parents=True)
     monkeypatch.setattr(tiny, "PICTURE_DIR", folder)
-    generate_visualizations(FashionMNISTUNetDenoiser(), 7)
+    model, (images, _) = FashionMNISTUNetDenoiser(), load_fashion_mnist("test")
+    generate_visualizations(model, 7)
     assert Path(wanted).exists()
+    script_unet.report(model, "folder", images, images)
+    assert f", {Path(wanted).parent}/\n" in capsys.readouterr().out
 
 
 def centre_of(gray, level):
