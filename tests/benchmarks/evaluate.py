@@ -317,8 +317,8 @@ def main():
     parser.add_argument("--guidance", type=float, help="default, and for 0, script_unet.guidance()")
     parser.add_argument("--guide", metavar="CHECKPOINT",
                         help="whose averaged weights guide; default: the checkpoint's own guide")
-    parser.add_argument("--guide-dropout", type=float, default=0.25, metavar="SHARE",
-                        help="of the null class in what --guide is told, default 0.25; 1: no label")
+    parser.add_argument("--guide-dropout", type=float, default=0.2, metavar="SHARE",
+                        help="of the null class in what --guide is told, default 0.2; 1: no label")
     parser.add_argument("--seed", type=int, help="of the samples, default SEED")
     parser.add_argument("--classifier-seed", type=int, default=0)
     parser.add_argument("--picture", metavar="PATH", help="save samples as a PNG, a class a row")
