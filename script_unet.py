@@ -77,7 +77,7 @@ CHECKPOINT_PREFIX = "fashion_mnist_diffusion"  # what the checkpoints' paths sta
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
                "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 NUM_CLASSES = len(CLASS_NAMES)  # labels 0 ... 9; label 10 is the null class: any of them
-FORMAT = 4  # of the checkpoints, raised when weights of an older version no longer fit
+FORMAT = 5  # of the checkpoints, raised when weights of an older version no longer fit
 MODEL_CONSTANTS = ("FORMAT", "IMG_SIZE", "NUM_CLASSES", "PATCH_SIZE", "CHANNELS", "BLOCKS",
                    "EMBEDDING_DIM", "ATTENTION_HEAD_DIM", "NUM_DIFFUSION_STEPS", "BETA_SCHEDULE",
                    "BETA_START", "BETA_END")  # fixed by training; the last 4: noise_schedule's
@@ -163,13 +163,17 @@ def to_uint8(images):  # to_float's inverse, clipped
     return ((images + 1) * 127.5).round().clamp(0, 255).byte()
 
 # ---- Building blocks, small to large; maps are (B, C, H, W) in channels_last memory ------------
+class Conv1x1(nn.Conv2d):  # as a matrix product, whose gradients a CPU with AMX computes faster
+    def forward(self, x):
+        return F.linear(x.movedim(1, 3), self.weight.flatten(1), self.bias).movedim(3, 1)
+
 class PatchConv(nn.Module):
     """Non-overlapping p x p patches to one pixel each; (B, in, H, W) -> (B, out, H/p, W/p).
     Sizes that p does not divide are rounded up: padded with zeros, the smaller half first."""
     def __init__(self, in_channels, out_channels, patch_size):
         super().__init__()
         self.patch_size = patch_size
-        self.conv = nn.Conv2d(in_channels * patch_size**2, out_channels, 1)
+        self.conv = Conv1x1(in_channels * patch_size**2, out_channels, 1, bias=False)
     def forward(self, x):
         rows, cols = -x.shape[-2] % self.patch_size, -x.shape[-1] % self.patch_size
         if rows or cols:
@@ -185,7 +189,7 @@ class PatchExpand(nn.Module):
     def __init__(self, in_channels, out_channels, patch_size):
         super().__init__()
         self.patch_size = patch_size
-        self.conv = nn.Conv2d(in_channels, out_channels * patch_size**2, 1)
+        self.conv = Conv1x1(in_channels, out_channels * patch_size**2, 1, bias=False)
     def forward(self, x, size):
         x = self.conv(x).permute(0, 2, 3, 1).unflatten(3, (self.patch_size, self.patch_size, -1))
         x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)   # (B, out, hp, wp)
@@ -200,13 +204,13 @@ class DoubleConv(nn.Module):
     back, [11] figure 4. The last starts at zero: a residual block starts as the identity."""
     def __init__(self, channels, embedding_dim, dropout=0.0, separable=False, kernel=3):
         super().__init__()
-        c, act, drop = channels, nn.Hardswish(), nn.Dropout(dropout)
-        conv = functools.partial(nn.Conv2d, c, c, padding="same", bias=False)
-        first = [conv(3, groups=c)] if separable else [nn.BatchNorm2d(c), act, conv(3)]
-        self.first, self.norm = nn.Sequential(*first), nn.BatchNorm2d(c)
-        self.scale_shift = nn.Linear(embedding_dim, 2 * c)
-        self.second = nn.Sequential(*[act, drop, conv(kernel)] if not separable else [
-            nn.Conv2d(c, 2 * c, 1), act, drop, nn.Conv2d(2 * c, c, 1, bias=False)])
+        c, norm, act, drop = channels, nn.BatchNorm2d, nn.Hardswish(), nn.Dropout(dropout)
+        conv = functools.partial(nn.Conv2d, c, c, 3, padding="same", bias=False)
+        self.first = nn.Sequential(*[conv(groups=c)] if separable else [norm(c), act, conv()])
+        self.norm, self.scale_shift = norm(c), nn.Linear(embedding_dim, 2 * c)
+        self.second = nn.Sequential(*[
+            Conv1x1(c, 2 * c, 1), act, drop, Conv1x1(2 * c, c, 1, bias=False)] if separable else [
+            act, drop, conv() if kernel == 3 else Conv1x1(c, c, 1, bias=False)])
         nn.init.zeros_(self.second[-1].weight)
     def forward(self, x, emb):
         scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1)
@@ -315,8 +319,7 @@ class FashionMNISTUNetDenoiser(nn.Module):
                                     False, 1) for i in reversed(range(top)))  # 3 x 3, then 1 x 1
         self.norm = nn.BatchNorm2d(channels[0])
         self.to_pixels = PatchExpand(channels[0], 1, c["PATCH_SIZE"])
-        for parameter in self.to_pixels.parameters():
-            nn.init.zeros_(parameter)
+        nn.init.zeros_(self.to_pixels.conv.weight)
     def forward(self, x_t, t, labels):
         emb = self.time_mlp(time_embedding(t / len(self.abar)))
         emb = F.hardswish(emb + self.class_embedding(labels))       # (B, E)
@@ -596,14 +599,13 @@ def newest_checkpoint(constants):
                 raise  # not permitted, say, or not mounted: it may be whole
             aside = next(new for i in range(1, 9999) if not (new := Path(f"{path}.{i}")).exists())
             print(f"{error}: {path} is kept as {path.rename(aside)}", flush=True)
-    _, path, state = newest
-    theirs = state["constants"]
+    theirs = newest[2]["constants"]
     differing = [f"{name} was {theirs.get(name)}, is {constants.get(name)}"
                  for name in {**constants, **theirs} if theirs.get(name) != constants.get(name)]
     if differing:
-        raise UserError(f"{path} has another model: {'; '.join(differing)}. Set these back to go "
-                        "on with it, or set RESUME = False to set it aside")
-    return path, state
+        raise UserError(f"{newest[1]} has another model: {'; '.join(differing)}. Set these back "
+                        "to go on with it, or set RESUME = False to set it aside")
+    return newest[1:]
 
 # ---- Training ----------------------------------------------------------------------------------
 def keep_freed_memory():
@@ -637,11 +639,10 @@ class Trainer:
     "sums" losses of the epoch at hand, "best_loss", "best_epoch", "history" (a row an epoch)."""
     def __init__(self, device):
         torch.manual_seed(SEED)
-        self.model = FashionMNISTUNetDenoiser(dropout=DROPOUT)
+        self.network = self.model = FashionMNISTUNetDenoiser(dropout=DROPOUT)
         self.model.to(device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.guide, = self.average.guide = (copy.deepcopy(self.average),)
-        self.network = self.model
         if WORLD_SIZE > 1:  # gradients are averaged over all processes, on GPUs statistics as well
             if device.type == "cuda":
                 nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -659,9 +660,8 @@ class Trainer:
 
     def save(self, *names):
         check_loss(0 * sum(weight.sum() for weight in self.model.parameters()).item())  # no NaN
-        buffer = io.BytesIO()
-        torch.save({"constants": self.model.constants, "progress": self.progress,
-                    **{name: getattr(self, name).state_dict() for name in TRAINED}}, buffer)
+        torch.save({**{name: getattr(self, name).state_dict() for name in TRAINED}, "constants":
+                    self.model.constants, "progress": self.progress}, buffer := io.BytesIO())
         for name in names:
             atomic_write(checkpoint_path(name), buffer.getbuffer())
 
