@@ -1,8 +1,8 @@
 """Train a class-conditional denoising diffusion model on Fashion-MNIST, in one file.
 
 Edit the constants, run `python script_unet.py`, open the PNGs: 2.6 h on two Xeon cores, 11 min
-with EPOCHS = 13. What these 13 draw, mean of 2 runs (and real images): class accuracy .94 (.94),
-precision .89 (.89), recall .85 (.88), Frechet distance .09 (.03); see README.md.
+with EPOCHS = 14. What these 14 draw, mean of 2 runs (and real images): class accuracy .94 (.94),
+precision .89 (.89), recall .85 (.88), Frechet distance .08 (.03); see README.md.
 
 An image is mixed with ever more noise in T steps; a network learns to tell them apart; sampling
 walks back from pure noise. x_start: a clean image, float (B, 1, H, W) in [-1, 1]; t (B,): the index
@@ -165,7 +165,8 @@ def to_uint8(images):  # to_float's inverse, clipped
 # ---- Building blocks, small to large; maps are (B, C, H, W) in channels_last memory ------------
 class Conv1x1(nn.Conv2d):  # as a matrix product, whose gradients a CPU with AMX computes faster
     def forward(self, x):
-        return F.linear(x.movedim(1, 3), self.weight.flatten(1), self.bias).movedim(3, 1)
+        weight = self.weight.movedim(1, 3).flatten(1)   # so its gradient is channels_last as well
+        return F.linear(x.movedim(1, 3), weight, self.bias).movedim(3, 1)
 
 class PatchConv(nn.Module):
     """Non-overlapping p x p patches to one pixel each; (B, in, H, W) -> (B, out, H/p, W/p).
@@ -255,8 +256,7 @@ class SelfAttention(nn.Module):
     position mixes the values sum to one, and their (H W) x (H W) matrix is never formed."""
     def __init__(self, channels, head_dim):
         super().__init__()
-        self.heads = channels // head_dim
-        self.norm = nn.BatchNorm2d(channels)
+        self.heads, self.norm = channels // head_dim, nn.BatchNorm2d(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels, bias=False)
         nn.init.zeros_(self.out.weight)
