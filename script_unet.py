@@ -163,7 +163,7 @@ def to_uint8(images):  # to_float's inverse, clipped
     return ((images + 1) * 127.5).round().clamp(0, 255).byte()
 
 # ---- Building blocks, small to large; maps are (B, C, H, W) in channels_last memory ------------
-class Conv1x1(nn.Conv2d):  # as a matrix product, whose gradients a CPU with AMX computes faster
+class Conv1x1(nn.Conv2d):  # (B, in, H, W) -> (B, out, H, W), as a matrix product: faster with AMX
     def forward(self, x):
         weight = self.weight.movedim(1, 3).flatten(1)   # so its gradient is channels_last as well
         return F.linear(x.movedim(1, 3), weight, self.bias).movedim(3, 1)
@@ -200,9 +200,9 @@ class PatchExpand(nn.Module):
 
 class DoubleConv(nn.Module):
     """Two convolutions; (B, C, H, W), emb (B, E) -> (B, C, H, W). Half-way, emb scales and shifts.
-    Plain: 3 x 3, then `kernel` square, each after batch normalization and hard swish. Separable,
-    less work, for the way down: 3 x 3 of each channel alone, normalised, then 1 x 1 to 2 C and
-    back, [11] figure 4. The last starts at zero: a residual block starts as the identity."""
+    Plain: 3 x 3, then `kernel` (3 or 1) square, each after batch normalization and hard swish.
+    Separable, less work, for the way down: 3 x 3 of each channel alone, normalised, then 1 x 1 to
+    2 C and back, [11] figure 4. The last starts at zero: a residual block starts as identity."""
     def __init__(self, channels, embedding_dim, dropout=0.0, separable=False, kernel=3):
         super().__init__()
         c, norm, act, drop = channels, nn.BatchNorm2d, nn.Hardswish(), nn.Dropout(dropout)
@@ -660,8 +660,8 @@ class Trainer:
 
     def save(self, *names):
         check_loss(0 * sum(weight.sum() for weight in self.model.parameters()).item())  # no NaN
-        torch.save({**{name: getattr(self, name).state_dict() for name in TRAINED}, "constants":
-                    self.model.constants, "progress": self.progress}, buffer := io.BytesIO())
+        torch.save({"constants": self.model.constants, "progress": self.progress,
+                    **{x: getattr(self, x).state_dict() for x in TRAINED}}, buffer := io.BytesIO())
         for name in names:
             atomic_write(checkpoint_path(name), buffer.getbuffer())
 
