@@ -193,7 +193,7 @@ class PatchExpand(nn.Module):
         self.conv = Conv1x1(in_channels, out_channels * patch_size**2, 1, bias=False)
     def forward(self, x, size):
         x = self.conv(x).permute(0, 2, 3, 1).unflatten(3, (self.patch_size, self.patch_size, -1))
-        x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)   # (B, out, hp, wp)
+        x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)   # not yet cropped
         top, left = (x.shape[-2] - size[0]) // 2, (x.shape[-1] - size[1]) // 2
         x = x[..., top:top + size[0], left:left + size[1]]          # (B, out, H, W)
         return x.contiguous(memory_format=torch.channels_last)
@@ -271,7 +271,7 @@ class SelfAttention(nn.Module):
 
 # ---- The noise schedule, and the model that carries it -----------------------------------------
 def noise_schedule(steps, kind, beta_start, beta_end):
-    """betas (T,), float64. Raises UserError unless they end in noise, abar[T-1] < 0.001.
+    """betas (T,), float64. Raises UserError unless abar[T-1] is 1e-30 to 0.001, no beta < 2e-7.
     "cosine": [2] eq. 17 with s = 0.008 and betas up to 0.999. "linear": [1] section 4, scaled by
     1000 / T, so that every T ends as the published T = 1000 does."""
     if kind == "cosine":
@@ -402,7 +402,7 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     steps, eta, seed = (default if given is None else given for given, default in zip(
         (steps, eta, seed), (SAMPLING_STEPS, SAMPLING_ETA, SEED)))
     abar, size = model.abar.tolist() + [1.0], model.constants["IMG_SIZE"]
-    lam = [math.log(a / (1 - a)) / 2 for a in [*abar[:-1], abar[0]]]    # log(SNR) / 2; -1 like 0
+    lam = [math.log(a / (1 - a)) / 2 for a in [*abar[:-1], abar[0]]]    # log(SNR) / 2, [-1] = [0]
     labels = torch.as_tensor(labels, device=model.abar.device)
     streams = [generator("sample", seed, i) for i in range(len(labels))]
     def fresh_noise():  # a stream an image, on the CPU: the same on all machines, in any batch
@@ -585,8 +585,8 @@ def load_denoiser(path, device=None):
     return model
 
 def newest_checkpoint(constants):
-    """(path, state) of the newest whole checkpoint, path None for none; sets damaged ones aside.
-    Raises UserError when it is of another model than the constants describe."""
+    """(path, state) of the newest whole checkpoint, path None for none. Sets damaged ones aside,
+    without RESUME all. Raises UserError when it is of another model than the constants describe."""
     newest = (-1, None, {"constants": constants})   # if there is none
     for path in find_checkpoints("last", "best_model", "epoch_*"):
         try:
@@ -822,7 +822,7 @@ def hold_folder():
             path.write_text(f"process {os.getpid()} on {platform.node()} since {time.ctime()}")
         yield
 
-def report(model, folder, images, heldout):
+def report(model, folder, images, heldout, epochs_left):
     """Say what will be done. Raises UserError when the disk is too small for it."""
     (parameters, flops), device = model_size(model), model.abar.device
     chip = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
@@ -835,11 +835,11 @@ def report(model, folder, images, heldout):
           f"constants  {', '.join(changed) or 'all at their defaults'}\n"
           f"outputs    {checkpoint_path('*')}, training_loss.png, training_log.csv, "
           f"{Path(PICTURE_DIR)}/", flush=True)
-    need = 20 * parameters * (4 + EPOCHS // CHECKPOINT_EVERY) + 10**6 * EPOCHS  # bytes at most
+    need = 20 * parameters * (4 + EPOCHS // CHECKPOINT_EVERY) + 10**6 * epochs_left  # bytes
     saved = sum(path.stat().st_size for path in find_checkpoints("*"))
     if not RANK and (free := shutil.disk_usage(checkpoint_path("last").parent).free + saved) < need:
-        raise UserError(f"{checkpoint_path('*').absolute()}: {free / 1e6:.0f} MB free, needed are "
-                        f"{need / 1e6:.0f}: free some, raise CHECKPOINT_EVERY or lower EPOCHS")
+        raise UserError(f"{checkpoint_path('*').absolute()}: {free / 1e6:.0f} MB free or in these, "
+                        f"{need / 1e6:.0f} needed: free some, raise CHECKPOINT_EVERY, lower EPOCHS")
 
 def run(stop):
     """Data, model, resume, training, final pictures."""
@@ -853,9 +853,9 @@ def run(stop):
         raise UserError(f"BATCH_SIZE must be at most the {len(images)} images, and a multiple of "
                         f"the {WORLD_SIZE} processes, got {BATCH_SIZE}")
     now = (trainer := Trainer(device)).progress
-    report(trainer.model, folder, images, heldout[0])
+    now.update(state.get("progress", {}))
+    report(trainer.model, folder, images, heldout[0], EPOCHS - now["epoch"])
     if path:
-        now.update(state["progress"])
         for name in TRAINED:
             getattr(trainer, name).load_state_dict(state[name])
         print(f"resuming   {path}: {now['epoch']} epochs and {now['position']} images of the next "
@@ -883,11 +883,11 @@ def main():
                 stack.callback(signal.signal, number, signal.signal(number, remember))
         if WORLD_SIZE == 1:
             return run(stop)
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        stack.callback(dist.destroy_process_group)
         try:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            stack.callback(dist.destroy_process_group)
             run(stop)
         except RuntimeError as error:
             raise UserError(f"process {RANK} of {WORLD_SIZE} failed or lost another ({error}). Run "

@@ -99,7 +99,7 @@ def test_constant_edited_in_the_file_is_printed_as_differing_from_its_default(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 10**12}))
     said = []
     for module in (fresh, edited(name, value)):
-        module.report(module.FashionMNISTUNetDenoiser(), "folder", [], [])
+        module.report(module.FashionMNISTUNetDenoiser(), "folder", [], [], 1)
         said.append(re.search(r"(?m)^constants  (.*)$", capsys.readouterr().out)[1])
     assert said == ["all at their defaults", f"{name} = {value!r}"]
 
@@ -192,7 +192,7 @@ def test_process_that_writes_nothing_needs_no_disk(tiny, monkeypatch):
     monkeypatch.setattr(tiny.shutil, "disk_usage", lambda path: full)
     monkeypatch.setattr(tiny, "RANK", 1)
     model, (images, _) = tiny.FashionMNISTUNetDenoiser(), tiny.load_fashion_mnist("test")
-    tiny.report(model, "folder", images, images)
+    tiny.report(model, "folder", images, images, 1)
 
 
 def test_every_constant_but_paths_is_checked(fresh):

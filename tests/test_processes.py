@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -235,6 +236,17 @@ def test_two_processes_stop_together_in_the_middle_of_an_epoch_and_go_on(alone, 
     status, out, err = finish(start(tmp_path, *lines, processes=2))
     assert status == 0 and "resuming" in out, err
     torch.testing.assert_close(losses(tmp_path), alone, rtol=1e-3, atol=0)
+
+
+def test_process_that_cannot_join_the_others_says_what_to_do(tmp_path, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 2),
+                            ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", taken.getsockname()[1])):
+            monkeypatch.setenv(name, str(value))
+        status, _, err = finish(start(tmp_path))
+    assert status == 1 and "process 0 of 2 failed" in err and "Traceback" not in err
 
 
 def test_batch_that_does_not_divide_among_the_processes_is_refused(tmp_path):
