@@ -212,8 +212,9 @@ def test_readme_lists_each_constant_with_its_default_and_its_words():
     assert not differing
 
 
-def test_import_prints_nothing_and_writes_nothing(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import script_unet"
+def test_import_prints_nothing_writes_nothing_and_reads_no_data(tmp_path):
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.addaudithook(lambda event, args: "
+            "event == 'open' and 'ubyte' in str(args[0]) and sys.exit(9)); import script_unet")
     done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, text=True,
                           capture_output=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -158,6 +158,8 @@ def test_up_adds_its_skip():
     up = Up(6, 4, 2, 0, 8)
     difference = up(coarse, skip, None) - up(coarse, torch.zeros_like(skip), None)
     torch.testing.assert_close(difference, skip)
+    expanded = up.patch_expand(coarse, (5, 5))      # cropped on both sides, not where it ends
+    torch.testing.assert_close(up(coarse, skip, None), expanded + skip)
 
 
 # Attention

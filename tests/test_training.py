@@ -603,16 +603,22 @@ def test_process_other_than_the_first_writes_nothing(tmp_path, monkeypatch):
 
 # Best
 
-def test_best_is_the_lowest_heldout_loss_of_the_averaged_weights(run, monkeypatch):
-    losses, judged = iter([1.0, 0.5, 0.7]), []
+def test_best_is_the_lowest_heldout_loss_of_the_averaged_weights_which_are_drawn(run, monkeypatch):
+    losses, judged, drawn = iter([1.0, 0.5, 0.7]), [], []
+
+    def weights(model):
+        return {name: value.clone() for name, value in model.state_dict().items()}
 
     def planned(model, images, labels):
-        judged.append({name: value.clone() for name, value in model.state_dict().items()})
+        judged.append(weights(model))
         assert len(images) == 200
         return dict.fromkeys(("loss", "early", "middle", "late"), next(losses))
 
     monkeypatch.setattr(script_unet, "heldout_loss", planned)
+    monkeypatch.setattr(script_unet, "generate_visualizations",
+                        lambda model, epoch, final=False: drawn.append(weights(model)))
     run()
+    assert same(drawn, [*judged, judged[2]])            # three epochs and the final pictures
     best, last = (read_checkpoint(checkpoint(what)) for what in ("best_model", "last"))
     assert same(best["average"], judged[1]) and same(last["average"], judged[2])
     assert best["progress"]["epoch"] == 2 and last["progress"]["best_epoch"] == 2
@@ -776,7 +782,7 @@ def test_epoch_sees_every_image_with_its_label_and_every_step(
             (bytes(x.flatten().tolist()), label) for x, label in zip(pixels, y.tolist()))
         assert t.bincount().tolist() == [600 // 20] * 20    # the noisiest as often as the others
         assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
-    assert not torch.equal(first[0], second[0])
+    assert not torch.equal(first[0], second[0]) and not torch.equal(first[3], second[3])
 
 
 def test_label_dropout_is_the_share_of_null_labels(tiny, steps_of, monkeypatch):
