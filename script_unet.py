@@ -144,7 +144,7 @@ def find_data():
     return raw
 
 def load_fashion_mnist(split, folder=None):
-    """Images uint8 (N, 1, IMG_SIZE, IMG_SIZE) and labels int64 (N,) of "train" or "test"."""
+    """uint8 (N, 1, IMG_SIZE, IMG_SIZE), labels int64 (N,), of "train" or "test"; or UserError."""
     paths = [Path(folder or find_data(), name) for name in DATA_FILES[split]]
     images, labels = map(read_idx, paths)
     if images.shape[1:] != (28, 28):
@@ -223,7 +223,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.double_conv = DoubleConv(*args)
     def forward(self, x, emb):
-        return x + self.double_conv(x, emb)
+        return x + self.double_conv(x, emb)                         # (B, C, H, W)
 
 class Down(nn.Module):
     """To a coarser grid: PatchConv, then residual blocks; (B, in, H, W) -> (B, out, H/p, W/p)."""
@@ -321,7 +321,7 @@ class FashionMNISTUNetDenoiser(nn.Module):
         self.to_pixels = PatchExpand(channels[0], 1, c["PATCH_SIZE"])
         nn.init.zeros_(self.to_pixels.conv.weight)
     def forward(self, x_t, t, labels):
-        emb = self.time_mlp(time_embedding(t / len(self.abar)))
+        emb = self.time_mlp(time_embedding(t / len(self.abar)))     # (B, E)
         emb = F.hardswish(emb + self.class_embedding(labels))       # (B, E)
         x, skips = x_t, []
         for down in self.downs:
@@ -386,7 +386,7 @@ def diffusion_loss(model, x_start, t, labels, noise):
 
 # ---- Sampling ----------------------------------------------------------------------------------
 def guidance(model):
-    """GUIDANCE_SCALE or, for 0, by the epochs trained: 2.75 up to eight, then towards 1.5."""
+    """GUIDANCE_SCALE or, for 0, by the epochs trained, as long runs need less: 2.75 to 1.5."""
     return GUIDANCE_SCALE or 1.5 + 10 / max(8, model.epochs.item())
 
 @torch.no_grad()
@@ -701,7 +701,7 @@ class Trainer:
 
 def finish_average(trainer, images, labels):
     """Make the averaged weights ready for sample(). The guide follows them for three epochs (in
-    short runs, a quarter), then stays behind. It is told the class at four fifths strength."""
+    short runs, a quarter), then stays behind, told 4/5 of the class: it errs alike, but more."""
     refresh_batch_norm(trainer.average, images, labels)
     trainer.average.epochs.fill_(trainer.progress["epoch"] + (trainer.progress["position"] > 0))
     if trainer.progress["epoch"] < min(3, EPOCHS / 4):
@@ -868,7 +868,7 @@ def run(stop):
           f"loss {now['best_loss']:.4f} (epoch {now['best_epoch']}); raise EPOCHS to go on")
 
 def main():
-    """Train, resume or finish the run in the working directory, as the constants say."""
+    """Train, resume or finish the run in the working directory. Raises UserError, SystemExit."""
     check_constants()
     keep_freed_memory()
     stop = []

