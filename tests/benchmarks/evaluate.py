@@ -8,8 +8,8 @@ most figures are measured in, and keeps it in tests/benchmarks/.cache/.
 
 Frechet distance [1] of the features' Gaussians to those of the training images, in two spaces:
   those of the Fashion-MNIST classifier, which know what tells clothes apart, and
-  those of EfficientNet-Lite0 trained on ImageNet, which were never fitted to these images (here
-  to the first 20,000 training images).
+  those of EfficientNet-Lite0 trained on ImageNet, which were never fitted to these images; here
+  the distance is to the first 20,000 training images.
   It falls as the number of images grows, and its ratio to the floor's rises: compare at one n.
 Class accuracy: the share that the classifier assigns to the class that was asked for.
 Precision: the share of samples that lie among real images; recall: the reverse [2]. Read them
@@ -332,7 +332,8 @@ def main():
         parser.error("--guide-dropout is for --guide")
     for name, value in (("SAMPLING_STEPS", args.steps), ("SAMPLING_ETA", args.eta),
                         ("GUIDANCE_SCALE", args.guidance), ("SEED", args.seed)):
-        setattr(script_unet, name, getattr(script_unet, name) if value is None else value)
+        if value is not None:
+            setattr(script_unet, name, value)
     script_unet.check_constants()
     model = script_unet.load_denoiser(args.checkpoint)
     guide = args.guide and script_unet.load_denoiser(args.guide)
