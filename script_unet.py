@@ -252,8 +252,7 @@ class Up(nn.Module):
 
 class SelfAttention(nn.Module):
     """Multi-head linear attention [7] section 3.2, residual, in O(H W); (B, C, H, W) -> same.
-    softmax_d(q) (softmax_n(k)^T v): both factors are normalised, so the weights with which a
-    position mixes the values sum to one, and their (H W) x (H W) matrix is never formed."""
+    softmax_d(q) (softmax_n(k)^T v): weights that sum to one, whose (H W)^2 are never formed."""
     def __init__(self, channels, head_dim):
         super().__init__()
         self.heads, self.norm = channels // head_dim, nn.BatchNorm2d(channels)
@@ -261,13 +260,12 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(channels, channels, bias=False)
         nn.init.zeros_(self.out.weight)
     def forward(self, x):
-        b, c, h, w = x.shape
-        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c)      # (B, N, C)
-        qkv = self.qkv(tokens).view(b, h * w, 3, self.heads, c // self.heads)
+        tokens = self.norm(x).flatten(2).transpose(1, 2)                    # (B, N, C), N = H W
+        qkv = self.qkv(tokens).unflatten(2, (3, self.heads, -1))            # (B, N, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, heads, N, d)
         context = k.softmax(-2).to(v.dtype).transpose(-1, -2) @ v           # (B, heads, d, d)
         mixed = (q.softmax(-1).to(v.dtype) @ context).transpose(1, 2)       # (B, N, heads, d)
-        return x + self.out(mixed.reshape(b, h, w, c)).permute(0, 3, 1, 2)  # (B, C, H, W)
+        return x + self.out(mixed.flatten(2)).transpose(1, 2).view_as(x)    # (B, C, H, W)
 
 # ---- The noise schedule, and the model that carries it -----------------------------------------
 def noise_schedule(steps, kind, beta_start, beta_end):
@@ -459,7 +457,6 @@ def by_noise_level(losses, t, steps):
     """(2, 3) sums and counts of the losses (B,) in each third of the steps t (B,)."""
     level = F.one_hot(t * 3 // steps, 3).float()
     return torch.stack([losses.detach() @ level, level.sum(0)])
-
 def mean_losses(sums):
     """by_noise_level's sums as {"loss": ..., "early": ..., "middle": ..., "late": ...}."""
     total, count = torch.cat([sums.sum(1, keepdim=True), sums], dim=1)
@@ -480,8 +477,7 @@ def atomic_write(path, data):
     Raises UserError when it cannot be written. Of several processes, the first writes."""
     if RANK:
         return
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.writing")
+    beside = (path := Path(path)).with_name(f".{path.name}.writing")
     try:
         with open(beside, "wb") as file:
             file.write(data)
@@ -492,7 +488,6 @@ def atomic_write(path, data):
         beside.unlink(missing_ok=True)
         raise UserError(f"cannot write {path.absolute()} ({error.strerror}), the old one is kept. "
                         "Make room or the folder writable, or close the file, and rerun") from error
-
 def save_figure(figure, path):
     figure.savefig(buffer := io.BytesIO(), format="png", dpi=100)
     atomic_write(path, buffer.getvalue())
@@ -500,9 +495,8 @@ def save_figure(figure, path):
 def mosaic(images, columns, gap=2):
     """Images (N, 1, H, W) in [-1, 1] as one uint8 array, white lines between; columns divides N."""
     images = F.pad(to_uint8(images.cpu()), (0, gap, 0, gap), value=255)
-    n, _, h, w = images.shape
-    grid = images.view(n // columns, columns, h, w).permute(0, 2, 1, 3)
-    return grid.reshape(n // columns * h, columns * w)[:-gap, :-gap].numpy()
+    grid = images[:, 0].unflatten(0, (-1, columns)).transpose(1, 2)     # (rows, H, columns, W)
+    return grid.flatten(2).flatten(0, 1)[:-gap, :-gap].numpy()
 
 def draw_classes(images, names, title, path):
     """Save images (10 * columns, 1, H, W) on a fixed gray scale: a row a class, named columns."""
@@ -633,6 +627,11 @@ def check_loss(loss):
                         'WARMUP_STEPS or set PRECISION = "fp32", then run again')
     return loss
 
+class InFloat32(torch.overrides.TorchFunctionMode):
+    """Keeps torch.optim.Muon from bfloat16: emulated, that takes a CPU 3 to 15 times as long."""
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return args[0] if function is torch.Tensor.bfloat16 else function(*args, **kwargs or {})
+
 class Trainer:
     """The weights, their average, its guide, the optimizers and the progress: what a resume needs.
     progress: "epoch" finished epochs, "position" images of the epoch at hand, "step" updates,
@@ -693,7 +692,8 @@ class Trainer:
         factor = min(1, (now["step"] + 1) / WARMUP_STEPS) * left**2 * min(1, 20 / EPOCHS) ** 0.5
         for opt in (self.muon, self.adamw):
             opt.param_groups[0].update(lr=factor * opt.defaults["lr"], weight_decay=WEIGHT_DECAY)
-            opt.step()
+            with InFloat32() if precision(device) == "fp32" else contextlib.nullcontext():
+                opt.step()
         self.model.zero_grad()
         now.update(step=now["step"] + 1, position=now["position"] + BATCH_SIZE)
         now["sums"] = now["sums"].to(device) + over_processes(by_noise_level(losses, t, steps))

@@ -833,6 +833,28 @@ def test_every_weight_learns_and_kernels_by_nearly_orthogonal_updates(
     assert kernels > 0
 
 
+@pytest.mark.parametrize("setting, least, most", [("fp32", 0, 1e-4), ("bf16", 1e-3, 0.05)])
+def test_updates_are_orthogonalised_in_the_precision_of_training(
+        tiny, monkeypatch, pictures, setting, least, most):
+    for name, value in (("PRECISION", setting), ("WEIGHT_DECAY", 0.0), ("WARMUP_STEPS", 1)):
+        monkeypatch.setattr(tiny, name, value)
+    trainer, compared = Trainer(CPU), 0
+    before = [kernel.detach().clone() for kernel in trainer.kernels]
+    trainer.step(*pictures)
+    rate = trainer.muon.param_groups[0]["lr"]
+    for kernel, matrix, old in zip(trainer.kernels, trainer.matrices, before):
+        x = trainer.muon.state[matrix]["momentum_buffer"].double()  # so far a share of the gradient
+        if x.any():         # behind weights that start at zero, there is none yet
+            scale, x = rate * max(1, len(x) / x.shape[1]) ** 0.5, x / x.norm()
+            for _ in range(3):
+                gram = x @ x.T
+                x = 3.4445 * x - 4.775 * gram @ x + 2.0315 * gram @ gram @ x
+            update = (old - kernel.detach()).movedim(1, 3).flatten(1) / scale
+            assert least <= (update - x).norm() / x.norm() < most
+            compared += 1
+    assert compared > 0
+
+
 @pytest.mark.parametrize("patch", [1, 2, 3, 4])
 @pytest.mark.parametrize("size", [16, 17, 33, 64])
 def test_every_image_and_patch_size_trains_and_samples(tiny, monkeypatch, size, patch):
