@@ -252,7 +252,7 @@ class Up(nn.Module):
 
 class SelfAttention(nn.Module):
     """Multi-head linear attention [7] section 3.2, residual, in O(H W); (B, C, H, W) -> same.
-    softmax_d(q) (softmax_n(k)^T v): weights that sum to one, whose (H W)^2 are never formed."""
+    softmax_d(q) (softmax_n(k)^T v): its weights sum to one, and their (H W)^2 are never formed."""
     def __init__(self, channels, head_dim):
         super().__init__()
         self.heads, self.norm = channels // head_dim, nn.BatchNorm2d(channels)
@@ -628,7 +628,7 @@ def check_loss(loss):
     return loss
 
 class InFloat32(torch.overrides.TorchFunctionMode):
-    """Keeps torch.optim.Muon from bfloat16: emulated, that takes a CPU 3 to 15 times as long."""
+    """Keeps torch.optim.Muon from bfloat16: emulated, that takes a CPU 2 to 15 times as long."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0] if function is torch.Tensor.bfloat16 else function(*args, **kwargs or {})
 

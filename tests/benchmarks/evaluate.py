@@ -101,6 +101,7 @@ class Classifier(nn.Module):
 
 def train_classifier(seed, device, epochs=CLASSIFIER_EPOCHS, batch_size=256):
     """A Classifier trained on the training images; another machine trains another one."""
+    print(f"training the classifier of seed {seed}, once: 9 to 20 minutes on two cores", flush=True)
     images, labels = (part.to(device) for part in real_images("train"))
     steps = len(images) // batch_size
     with torch.random.fork_rng():  # the caller's random numbers stay as they were
