@@ -104,15 +104,15 @@ def pick_device():
 DATA_FILES = {"train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
               "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")}
 def bad_data(path, reason):
-    return UserError(f"{path} {reason}. Delete the file, and run again to download it, or first "
-                     "`apt-get install dataset-fashion-mnist` on Debian or Ubuntu")
+    return UserError(f"{path} {reason}. Make it readable, or delete it and run again to download "
+                     "it, or first `apt-get install dataset-fashion-mnist` on Debian or Ubuntu")
 
 def read_idx(path):
     """The uint8 array in a gzipped IDX file. Raises UserError when it breaks its header's word."""
     try:
         data = gzip.decompress(Path(path).read_bytes())
     except (OSError, EOFError, zlib.error) as error:
-        raise bad_data(path, f"is not a whole gzip file ({error})") from error
+        raise bad_data(path, f"cannot be read as a gzip file ({error})") from error
     # Header: two zero bytes, 8 for unsigned bytes, number of dimensions, big-endian sizes
     if data[:4] not in (b"\0\0\x08\1", b"\0\0\x08\3"):
         raise bad_data(path, f"has the wrong magic number {data[:4].hex()}, not 0000080[13]")
@@ -130,14 +130,14 @@ def find_data():
         if not missing:
             return folder
         tried.append(f"{folder} (without {missing[0]})")
-    from torchvision.datasets import FashionMNIST  # here, as its import takes a second
     try:  # Downloaded aside, moved when whole: a broken download leaves nothing to be trusted
+        from torchvision.datasets import FashionMNIST  # here, as its import takes a second
         raw.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=DATA_DIR, prefix=".download-") as aside:
             FashionMNIST(aside, download=True)  # checks MD5 sums
             for file in Path(aside, "FashionMNIST", "raw").iterdir():
                 os.replace(file, raw / file.name)
-    except Exception as error:  # urllib's, ssl's, OSError or RuntimeError
+    except Exception as error:  # urllib's, ssl's, ImportError, OSError or RuntimeError
         raise UserError(f"Fashion-MNIST not found: tried {', '.join(tried)} and a download into "
                         f"DATA_DIR = {DATA_DIR!r} ({error}). Put the four .gz files into {raw}, or "
                         "`apt-get install dataset-fashion-mnist` on Debian or Ubuntu") from error
@@ -283,7 +283,6 @@ def noise_schedule(steps, kind, beta_start, beta_end):
         raise UserError("BETA_START and BETA_END must leave a share of 1e-30 to 0.001 of the image "
                         f"at the end, no beta below 2e-7, got {beta_start} and {beta_end}")
     return betas
-
 def alphas_cumprod(constants=None):
     """abar (T,), float32: the share of x_start's variance that is left in x_t, [1] eq. 4."""
     c = constants or model_constants()
@@ -876,6 +875,7 @@ def main():
         if stop and WORLD_SIZE == 1:  # torchrun repeats the terminal's
             raise KeyboardInterrupt  # asked twice: at once
         stop.append(number)
+        not RANK and os.isatty(2) and os.write(2, b"\nstopping when this is done and saved\n")
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()) if RANK else hold_folder())
         with contextlib.suppress(ValueError):  # only the main thread may set handlers

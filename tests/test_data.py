@@ -5,6 +5,7 @@ import hashlib
 import io
 import re
 import shutil
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -149,6 +150,13 @@ BROKEN = [
     ("labels", lambda data: gzip.compress(gzip.decompress(data)[:-1] + b"\12"), "0 to 9")]
 
 
+def test_file_that_cannot_be_read_is_not_only_to_be_deleted(raw):
+    (raw / FILES["images"]).unlink()
+    (raw / FILES["images"]).mkdir()     # as root may read whatever is a file
+    with pytest.raises(UserError, match="images-idx3.* cannot be read.*directory.*Make it readabl"):
+        load_fashion_mnist("train", raw)
+
+
 @pytest.mark.parametrize("file, damage, reason", BROKEN)
 def test_broken_file_is_named_with_reason_and_remedy(raw, file, damage, reason):
     path = raw / FILES[file]
@@ -217,6 +225,12 @@ def test_no_data_names_all_that_was_tried_and_both_remedies(places):
     message = str(caught.value)
     for part in (*places, "download", ".gz files", "apt-get install dataset-fashion-mnist"):
         assert str(part) in message
+
+
+def test_torchvision_that_cannot_be_imported_is_a_download_that_failed(places, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(UserError, match="torchvision.*gz files into.*apt-get install dataset-fash"):
+        find_data()
 
 
 @pytest.mark.parametrize("damage", [truncated, flipped, Path.unlink])

@@ -213,6 +213,21 @@ def test_second_ctrl_c_stops_at_once_and_the_epochs_before_are_kept(run, undistu
     assert_as_undisturbed(undisturbed)
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_ctrl_c_is_answered_at_once_on_a_terminal(run, monkeypatch, capfd, terminal):
+    said = []
+
+    def press():
+        os.kill(os.getpid(), signal.SIGINT)
+        said.append(capfd.readouterr().err)
+
+    monkeypatch.setattr(os, "isatty", lambda descriptor: terminal and descriptor == 2)
+    before_step(monkeypatch, 2, press)
+    with pytest.raises(SystemExit):
+        run()
+    assert ("stopping" in said[0]) is terminal
+
+
 def test_time_left_after_a_resume_counts_whole_epochs(run, monkeypatch, capsys):
     clock, step = [0], Trainer.step
 
