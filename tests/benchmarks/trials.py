@@ -1,0 +1,212 @@
+"""What does a change do, beyond the luck of one seed? Trains several seeds at once, on a GPU.
+
+    python tests/benchmarks/trials.py --seeds 0 1 2 3 --epochs 12
+    python tests/benchmarks/evaluate.py trial_seed0_last.pt
+
+Each seed is a Trainer of script_unet.py, as it stands with your changes, and ends as a checkpoint
+for evaluate.py in the working directory; held-out losses are printed. script_unet.py by itself
+leaves a large GPU idle for nine tenths of a step, whose thousand small kernels a processor core
+cannot start any faster. Here the step is recorded once, as a CUDA graph, and replayed, so that the
+trainings share the GPU. The updates are those of Trainer.step (tests/test_trials.py), with an
+epoch's random draws made at once, so from other random numbers. Without a GPU it is slow.
+"""
+
+import argparse
+import contextlib
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import script_unet  # noqa: E402
+
+
+def newton_schulz(matrices, dtype):
+    """torch.optim.Muon's orthogonalisation in three steps, of matrices (N, rows, columns)."""
+    x = matrices.to(dtype)
+    if wide := matrices.shape[1] > matrices.shape[2]:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(3):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x,
+                          beta=3.4445)
+    return (x.mT if wide else x).float()
+
+
+class Trial:
+    """A training of script_unet.EPOCHS epochs whose step() reads all that varies from tensors."""
+
+    def __init__(self, seed, images, labels):
+        """images uint8 (N, 1, H, W) and labels (N,), on the device"""
+        script_unet.SEED, self.device = seed, images.device
+        self.seed, self.images, self.labels = seed, images, labels
+        self.trainer = script_unet.Trainer(self.device)
+        self.model = self.trainer.model.train()
+        self.params = list(self.model.parameters())
+        self.averages = list(self.trainer.average.parameters())
+        self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[
+            script_unet.precision(self.device)]
+
+        batch, epochs = script_unet.BATCH_SIZE, script_unet.EPOCHS
+        self.steps = len(images) // batch           # of an epoch
+        step = torch.arange(self.steps * epochs, dtype=torch.float64)
+        done = (step // self.steps + step % self.steps * batch / len(images)) / epochs
+        factors = ((step + 1) / script_unet.WARMUP_STEPS).clamp(max=1) * (1 - done)**2
+        self.factors = (factors * min(1, 20 / epochs)**0.5).float().to(self.device)
+        self.weights = 1 - (1 - 1 / (step + 1)) ** (script_unet.EMA_GAMMA + 1)
+        self.weights = self.weights.float().to(self.device)     # of the average
+
+        def zeros(*shape, dtype=torch.float32):
+            return torch.zeros(*shape, dtype=dtype, device=self.device)
+
+        self.order, self.t, self.y = (zeros(self.steps, batch, dtype=torch.long) for _ in range(3))
+        self.noise = zeros(self.steps, batch, *images.shape[1:])
+        self.of_epoch, self.of_run = zeros(1, dtype=torch.long), zeros(1, dtype=torch.long)
+        self.loss, self.rate = zeros(()), zeros(())     # the sum of an epoch's; AdamW's
+        self.on = zeros(())                             # 0: the step changes no weight
+        rest = self.trainer.adamw.param_groups[0]["params"]
+        fast = {"fused": True, "capturable": True} if self.device.type == "cuda" else {}
+        self.adamw = torch.optim.AdamW(rest, self.rate, (0.9, 0.99),
+                                       weight_decay=script_unet.WEIGHT_DECAY, **fast)
+        shapes = {}
+        for kernel, matrix in zip(self.trainer.kernels, self.trainer.matrices):
+            shapes.setdefault(tuple(matrix.shape), []).append((kernel, matrix))
+        self.muon = [(*zip(*pairs), zeros(len(pairs), *shape)) for shape, pairs in shapes.items()]
+
+    def draw(self, epoch):
+        """Make an epoch's draws, of the distributions of Trainer.step's."""
+        batch, steps = script_unet.BATCH_SIZE, len(self.model.abar)
+        torch.manual_seed(script_unet.generator("trial", self.seed, epoch).initial_seed())
+        order = script_unet.epoch_order(self.seed, epoch, len(self.images), self.device)
+        self.order.copy_(order[:self.order.numel()].view_as(self.order))
+        t = torch.arange(batch, device=self.device) + torch.rand(self.t.shape, device=self.device)
+        self.t.copy_((t * steps / batch).long().clamp(max=steps - 1))
+        dropped = torch.rand(self.y.shape, device=self.device) < script_unet.LABEL_DROPOUT
+        self.y.copy_(self.labels[self.order].masked_fill(dropped, script_unet.NUM_CLASSES))
+        self.noise.normal_()
+        self.of_epoch.zero_()
+        self.loss.zero_()
+
+    def step(self):
+        """Trainer.step on the next batch; nothing in it waits for the device."""
+        batch, t, y, noise = (part.index_select(0, self.of_epoch)[0] for part in (
+            self.order, self.t, self.y, self.noise))
+        x_start = script_unet.to_float(self.images.index_select(0, batch))
+        losses = script_unet.diffusion_loss(self.model, x_start, t, y, noise)
+        losses.mean().backward()
+        nn.utils.clip_grad_norm_(self.params, script_unet.GRADIENT_CLIP)
+        with torch.no_grad():
+            factor = self.factors.index_select(0, self.of_run)[0] * self.on
+            self.rate.copy_(factor * script_unet.LEARNING_RATE)
+            self.adamw.step()
+            rate = factor * script_unet.MUON_LEARNING_RATE
+            for kernels, matrices, momentum in self.muon:
+                grad = torch.stack([k.grad.permute(0, 2, 3, 1).flatten(1) for k in kernels])
+                momentum.lerp_(grad, 0.1)
+                update = newton_schulz(grad.lerp(momentum, 0.9), self.dtype)
+                update *= -rate * math.sqrt(max(1, grad.shape[1] / grad.shape[2]))
+                for matrix, change in zip(matrices, update):
+                    matrix.mul_(1 - rate * script_unet.WEIGHT_DECAY).add_(change)
+            change = torch._foreach_sub(self.params, self.averages)
+            torch._foreach_mul_(change, self.weights.index_select(0, self.of_run)[0])
+            torch._foreach_add_(self.averages, change)
+            self.loss += losses.mean()
+            self.of_epoch += 1
+            self.of_run += 1
+
+    def forget_gradients(self):
+        for param in self.params:
+            param.grad = None
+
+    def record(self):
+        """Make replay() a step: on a GPU, of a graph in a stream of its own."""
+        if self.device.type != "cuda":
+            self.on.fill_(1)
+            self.stream, self.replay = None, lambda: (self.forget_gradients(), self.step())
+            return
+        self.stream = torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.draw(0)
+            for _ in range(3):  # as a graph needs, with rates of 0
+                self.forget_gradients()
+                self.step()
+            self.forget_gradients()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            self.step()
+        states = [value for state in self.adamw.state.values() for value in state.values()]
+        for part in (*states, *(momentum for *_, momentum in self.muon), self.of_run):
+            part.zero_()
+        self.on.fill_(1)
+        torch.cuda.synchronize()
+        self.replay = graph.replay
+
+    def finish(self, epoch):
+        """Ready the average (and, early, the guide) for sampling, after so many epochs."""
+        script_unet.SEED = self.seed
+        self.trainer.progress.update(epoch=epoch - 1, position=1)   # as at the end of an epoch
+        script_unet.finish_average(self.trainer, self.images, self.labels)
+        self.trainer.progress.update(epoch=epoch, position=0, step=epoch * self.steps)
+        self.model.train()
+
+
+def train(trials, report=print):
+    """Run all trials side by side; report(line) tells of some of the epochs."""
+    for trial in trials:
+        trial.record()
+    start, epochs = time.perf_counter(), script_unet.EPOCHS
+
+    def in_stream(trial):
+        return torch.cuda.stream(trial.stream) if trial.stream else contextlib.nullcontext()
+
+    for epoch in range(1, epochs + 1):
+        for trial in trials:
+            with in_stream(trial):
+                trial.draw(epoch - 1)
+        for _ in range(trials[0].steps):
+            for trial in trials:
+                with in_stream(trial):
+                    trial.replay()
+        if trials[0].stream:
+            torch.cuda.synchronize()
+        if epoch <= 3 or epoch == epochs:       # the guide follows for three epochs at most
+            for trial in trials:
+                trial.finish(epoch)
+        if epoch <= 3 or epoch == epochs or epoch % 10 == 0:
+            losses = " ".join(f"{trial.loss.item() / trial.steps:.4f}" for trial in trials)
+            report(f"epoch {epoch}/{epochs}: loss {losses}, {time.perf_counter() - start:.0f} s")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], metavar="SEED",
+                        help="default 0 1 2 3")
+    parser.add_argument("--epochs", type=int, default=script_unet.EPOCHS, help="default EPOCHS")
+    args = parser.parse_args()
+    script_unet.EPOCHS = args.epochs
+    script_unet.check_constants()
+    device = script_unet.pick_device()
+    images, labels = (part.to(device) for part in script_unet.load_fashion_mnist("train"))
+    heldout = [part.to(device) for part in script_unet.load_fashion_mnist("test")]
+    trials = [Trial(seed, images, labels) for seed in args.seeds]
+    train(trials, lambda line: print(line, flush=True))
+    for trial in trials:
+        loss = script_unet.heldout_loss(trial.trainer.average, *heldout)["loss"]
+        script_unet.CHECKPOINT_PREFIX = f"trial_seed{trial.seed}"
+        trial.trainer.save("last")
+        print(f"seed {trial.seed}: held out {loss:.5f}, {script_unet.checkpoint_path('last')}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except script_unet.UserError as error:
+        sys.exit(str(error))
