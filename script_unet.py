@@ -65,7 +65,7 @@ BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled b
 # Sampling
 SAMPLING_STEPS = 22         # of the T steps; more are slower and hardly better
 SAMPLING_ETA = 0.0          # noise added at each step: 0: none [6]; 1: all of DDPM's [1, 3]
-GUIDANCE_SCALE = 0.0        # 1: off; more: away from a weaker model [10]; 0: 2.8 to 1.5, by epochs
+GUIDANCE_SCALE = 0.0        # 1: off; more: away from a weaker model [10]; 0: 2.8 to 1.4, by epochs
 # Machine and output, in the working directory
 PRECISION = "auto"          # "auto": bf16 where the hardware computes in it; or "bf16", "fp32"
 RESUME = True               # go on from the newest checkpoint; False sets older ones aside
@@ -383,8 +383,8 @@ def diffusion_loss(model, x_start, t, labels, noise):
 
 # ---- Sampling ----------------------------------------------------------------------------------
 def guidance(model):
-    """GUIDANCE_SCALE or, for 0, by the epochs trained, as long runs need less: 2.75 to 1.5."""
-    return GUIDANCE_SCALE or 1.5 + 10 / max(8, model.epochs.item())
+    """GUIDANCE_SCALE or, for 0, by the epochs trained, as long runs need less: 2.8 to 1.4."""
+    return GUIDANCE_SCALE or 1.43 + 11 / max(8, model.epochs.item())
 
 @torch.no_grad()
 def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,

@@ -1057,7 +1057,7 @@ def test_picture_has_a_row_a_class_and_columns_in_order_on_a_fixed_gray_scale(
         assert np.diff(along[0]).min() > 20 and np.ptp(np.diff(along[0])) <= 4
 
 
-@pytest.mark.parametrize("scale, epochs, shown", [(2.5, 20, "2.5"), (0.0, 50, "1.7")])
+@pytest.mark.parametrize("scale, epochs, shown", [(2.5, 20, "2.5"), (0.0, 50, "1.65")])
 def test_pictures_name_classes_steps_epoch_and_guidance(tiny, monkeypatch, scale, epochs, shown):
     figures, save = [], Figure.savefig
 

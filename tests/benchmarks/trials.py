@@ -8,7 +8,8 @@ for evaluate.py in the working directory; held-out losses are printed. script_un
 leaves a large GPU idle for nine tenths of a step, whose thousand small kernels a processor core
 cannot start any faster. Here the step is recorded once, as a CUDA graph, and replayed, so that the
 trainings share the GPU. The updates are those of Trainer.step (tests/test_trials.py), with an
-epoch's random draws made at once, so from other random numbers. Without a GPU it is slow.
+epoch's random draws made at once, so from other random numbers: who changes that method changes
+Trial.step as well. Dropout's masks depend on the trials beside. Without a GPU it is slow.
 """
 
 import argparse
@@ -25,16 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import script_unet  # noqa: E402
 
 
-def newton_schulz(matrices, dtype):
-    """torch.optim.Muon's orthogonalisation in three steps, of matrices (N, rows, columns)."""
+def newton_schulz(matrices, dtype, ns_coefficients, ns_steps, eps):
+    """torch.optim.Muon's orthogonalisation, of matrices (N, rows, columns)."""
+    a, b, c = ns_coefficients
     x = matrices.to(dtype)
     if wide := matrices.shape[1] > matrices.shape[2]:
         x = x.mT
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(3):
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(ns_steps):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x,
-                          beta=3.4445)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if wide else x).float()
 
 
@@ -71,8 +72,11 @@ class Trial:
         self.on = zeros(())                             # 0: the step changes no weight
         rest = self.trainer.adamw.param_groups[0]["params"]
         fast = {"fused": True, "capturable": True} if self.device.type == "cuda" else {}
-        self.adamw = torch.optim.AdamW(rest, self.rate, (0.9, 0.99),
+        self.adamw = torch.optim.AdamW(rest, self.rate, self.trainer.adamw.defaults["betas"],
                                        weight_decay=script_unet.WEIGHT_DECAY, **fast)
+        self.momentum, self.orthogonal = self.trainer.muon.defaults["momentum"], {
+            name: self.trainer.muon.defaults[name] for name in (
+                "ns_coefficients", "ns_steps", "eps")}
         shapes = {}
         for kernel, matrix in zip(self.trainer.kernels, self.trainer.matrices):
             shapes.setdefault(tuple(matrix.shape), []).append((kernel, matrix))
@@ -107,8 +111,9 @@ class Trial:
             rate = factor * script_unet.MUON_LEARNING_RATE
             for kernels, matrices, momentum in self.muon:
                 grad = torch.stack([k.grad.permute(0, 2, 3, 1).flatten(1) for k in kernels])
-                momentum.lerp_(grad, 0.1)
-                update = newton_schulz(grad.lerp(momentum, 0.9), self.dtype)
+                momentum.lerp_(grad, 1 - self.momentum)
+                update = newton_schulz(grad.lerp(momentum, self.momentum), self.dtype,
+                                       **self.orthogonal)
                 update *= -rate * math.sqrt(max(1, grad.shape[1] / grad.shape[2]))
                 for matrix, change in zip(matrices, update):
                     matrix.mul_(1 - rate * script_unet.WEIGHT_DECAY).add_(change)
@@ -179,6 +184,8 @@ def train(trials, report=print):
         if epoch <= 3 or epoch == epochs:       # the guide follows for three epochs at most
             for trial in trials:
                 trial.finish(epoch)
+            if trials[0].stream:
+                torch.cuda.synchronize()    # before the streams change the averages again
         if epoch <= 3 or epoch == epochs or epoch % 10 == 0:
             losses = " ".join(f"{trial.loss.item() / trial.steps:.4f}" for trial in trials)
             report(f"epoch {epoch}/{epochs}: loss {losses}, {time.perf_counter() - start:.0f} s")
@@ -201,8 +208,11 @@ def main():
     for trial in trials:
         loss = script_unet.heldout_loss(trial.trainer.average, *heldout)["loss"]
         script_unet.CHECKPOINT_PREFIX = f"trial_seed{trial.seed}"
-        trial.trainer.save("last")
-        print(f"seed {trial.seed}: held out {loss:.5f}, {script_unet.checkpoint_path('last')}")
+        try:
+            trial.trainer.save("last")
+            print(f"seed {trial.seed}: held out {loss:.5f}, {script_unet.checkpoint_path('last')}")
+        except script_unet.UserError as error:      # one that diverged does not lose the others
+            print(f"seed {trial.seed}: {error}")
 
 
 if __name__ == "__main__":
