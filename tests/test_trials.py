@@ -11,7 +11,6 @@ import script_unet
 sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 import trials  # noqa: E402
 
-
 AVAILABLE = torch.cuda.is_available()       # which the fixture `tiny` hides
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not AVAILABLE, reason="needs a GPU"))]
@@ -28,24 +27,19 @@ def device(request, tiny, monkeypatch):
     return tiny.pick_device()
 
 
-def copy_draws(trial, step, position):
-    """Give a trial, at this position of its epoch, what Trainer.step draws at this step."""
-    count, steps, device = script_unet.BATCH_SIZE, script_unet.NUM_DIFFUSION_STEPS, trial.device
-    torch.manual_seed(script_unet.generator("step", script_unet.SEED, step).initial_seed())
-    t = torch.arange(count, device=device) + torch.rand(count, device=device)
-    trial.t[position] = (t * steps / count).long().clamp(max=steps - 1)
-    trial.noise[position] = torch.randn(trial.noise.shape[1:], device=device)
-    dropped = torch.rand(count, device=device) < script_unet.LABEL_DROPOUT
-    labels = trial.labels[trial.order[position]]
-    trial.y[position] = labels.masked_fill(dropped, script_unet.NUM_CLASSES)
-
-
 def test_a_trial_updates_as_the_trainer_does(tiny, pictures, monkeypatch, device):
     # A batch that does not divide the images, a run so long that its rates are lower, a clipped
     # gradient; dropout's mask is not among the trial's draws
     for name, value in {"DROPOUT": 0.0, "EPOCHS": 30, "BATCH_SIZE": 90, "GRADIENT_CLIP": 0.05,
                         "PRECISION": "fp32"}.items():
         monkeypatch.setattr(tiny, name, value)
+    drawn, loss = [], tiny.diffusion_loss
+
+    def listen(model, x_start, *draws):     # to t, labels and noise
+        drawn[:] = draws
+        return loss(model, x_start, *draws)
+
+    monkeypatch.setattr(tiny, "diffusion_loss", listen)
     pictures = [part.to(device) for part in pictures]
     trainer, trial = tiny.Trainer(device), trials.Trial(5, *pictures)
     trial.record()
@@ -54,8 +48,8 @@ def test_a_trial_updates_as_the_trainer_does(tiny, pictures, monkeypatch, device
         trial.draw(epoch)
         trainer.progress.update(epoch=epoch, position=0)
         for position in range(6):
-            copy_draws(trial, trainer.progress["step"], position)
             trainer.step(*pictures)
+            trial.t[position], trial.y[position], trial.noise[position] = drawn
             trial.replay()
         tiny.finish_average(trainer, *pictures)
         trial.finish(epoch + 1)
@@ -99,7 +93,7 @@ def test_a_trial_that_diverged_does_not_lose_the_others(tiny, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["trials.py", "--seeds", "0", "1", "--epochs", "1"])
     monkeypatch.setattr(tiny, "CHECKPOINT_PREFIX", "")
 
-    def diverge(trained, _report):
+    def diverge(trained):
         for trial in trained:
             trial.finish(1)
         next(trained[0].model.parameters()).data.fill_(torch.nan)

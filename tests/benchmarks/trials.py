@@ -13,7 +13,6 @@ Trial.step as well. Dropout's masks depend on the trials beside. Without a GPU i
 """
 
 import argparse
-import contextlib
 import math
 import sys
 import time
@@ -74,10 +73,9 @@ class Trial:
         fast = {"fused": True, "capturable": True} if self.device.type == "cuda" else {}
         self.adamw = torch.optim.AdamW(rest, self.rate, self.trainer.adamw.defaults["betas"],
                                        weight_decay=script_unet.WEIGHT_DECAY, **fast)
-        self.momentum, self.orthogonal = self.trainer.muon.defaults["momentum"], {
-            name: self.trainer.muon.defaults[name] for name in (
-                "ns_coefficients", "ns_steps", "eps")}
-        shapes = {}
+        muon, shapes = self.trainer.muon.defaults, {}
+        self.momentum = muon["momentum"]
+        self.orthogonal = {name: muon[name] for name in ("ns_coefficients", "ns_steps", "eps")}
         for kernel, matrix in zip(self.trainer.kernels, self.trainer.matrices):
             shapes.setdefault(tuple(matrix.shape), []).append((kernel, matrix))
         self.muon = [(*zip(*pairs), zeros(len(pairs), *shape)) for shape, pairs in shapes.items()]
@@ -124,24 +122,20 @@ class Trial:
             self.of_epoch += 1
             self.of_run += 1
 
-    def forget_gradients(self):
-        for param in self.params:
-            param.grad = None
-
     def record(self):
         """Make replay() a step: on a GPU, of a graph in a stream of its own."""
         if self.device.type != "cuda":
             self.on.fill_(1)
-            self.stream, self.replay = None, lambda: (self.forget_gradients(), self.step())
+            self.stream, self.replay = None, lambda: (self.model.zero_grad(), self.step())
             return
         self.stream = torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             self.draw(0)
             for _ in range(3):  # as a graph needs, with rates of 0
-                self.forget_gradients()
+                self.model.zero_grad()
                 self.step()
-            self.forget_gradients()
+            self.model.zero_grad()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
@@ -162,22 +156,18 @@ class Trial:
         self.model.train()
 
 
-def train(trials, report=print):
-    """Run all trials side by side; report(line) tells of some of the epochs."""
+def train(trials):
+    """Run all trials side by side, and tell of some of the epochs."""
     for trial in trials:
         trial.record()
     start, epochs = time.perf_counter(), script_unet.EPOCHS
-
-    def in_stream(trial):
-        return torch.cuda.stream(trial.stream) if trial.stream else contextlib.nullcontext()
-
     for epoch in range(1, epochs + 1):
         for trial in trials:
-            with in_stream(trial):
+            with torch.cuda.stream(trial.stream):   # of None, on a CPU: does nothing
                 trial.draw(epoch - 1)
         for _ in range(trials[0].steps):
             for trial in trials:
-                with in_stream(trial):
+                with torch.cuda.stream(trial.stream):
                     trial.replay()
         if trials[0].stream:
             torch.cuda.synchronize()
@@ -188,7 +178,8 @@ def train(trials, report=print):
                 torch.cuda.synchronize()    # before the streams change the averages again
         if epoch <= 3 or epoch == epochs or epoch % 10 == 0:
             losses = " ".join(f"{trial.loss.item() / trial.steps:.4f}" for trial in trials)
-            report(f"epoch {epoch}/{epochs}: loss {losses}, {time.perf_counter() - start:.0f} s")
+            print(f"epoch {epoch}/{epochs}: loss {losses}, {time.perf_counter() - start:.0f} s",
+                  flush=True)
 
 
 def main():
@@ -204,7 +195,7 @@ def main():
     images, labels = (part.to(device) for part in script_unet.load_fashion_mnist("train"))
     heldout = [part.to(device) for part in script_unet.load_fashion_mnist("test")]
     trials = [Trial(seed, images, labels) for seed in args.seeds]
-    train(trials, lambda line: print(line, flush=True))
+    train(trials)
     for trial in trials:
         loss = script_unet.heldout_loss(trial.trainer.average, *heldout)["loss"]
         script_unet.CHECKPOINT_PREFIX = f"trial_seed{trial.seed}"
