@@ -21,7 +21,7 @@ of a step, 0 (almost clean) ... T-1 (pure noise); x_t: x_start after step t; aba
 [11] Liu et al., A ConvNet for the 2020s (separable blocks), arXiv:2201.03545
 """
 import contextlib, copy, ctypes, functools, gc, glob, gzip, hashlib, io, math, os, platform
-import shutil, signal, sys, tempfile, time, zlib
+import shutil, signal, sys, tempfile, time, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -401,7 +401,7 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     abar, size = model.abar.tolist() + [1.0], model.constants["IMG_SIZE"]
     lam = [math.log(a / (1 - a)) / 2 for a in [*abar[:-1], abar[0]]]    # log(SNR) / 2, [-1] = [0]
     labels = torch.as_tensor(labels, device=model.abar.device)
-    streams = [generator("sample", seed, i) for i in range(len(labels))]
+    streams = [generator("sample", int(seed), i) for i in range(len(labels))]
     def fresh_noise():  # a stream an image, on the CPU: the same on all machines, in any batch
         noise = [torch.randn(1, 1, size, size, generator=stream) for stream in streams]
         return torch.cat([torch.empty(0, 1, size, size), *noise]).to(labels.device)
@@ -484,7 +484,7 @@ def atomic_write(path, data):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError): beside.unlink()
         raise UserError(f"cannot write {path.absolute()} ({error.strerror}), the old one is kept. "
                         "Make room or the folder writable, or close the file, and rerun") from error
 def save_figure(figure, path):
@@ -500,7 +500,7 @@ def mosaic(images, columns, gap=2):
 def draw_classes(images, names, title, path):
     """Save images (10 * columns, 1, H, W) on a fixed gray scale: a row a class, named columns."""
     columns, cell = len(names), images.shape[-1] + 2                # with mosaic's gap
-    figure = Figure(figsize=(1.8 + 0.62 * columns, 7.1), layout="constrained")
+    figure = Figure(figsize=(max(6.4, 1.8 + 0.62 * columns), 7.1), layout="constrained")
     axes = figure.add_subplot(title=title)
     axes.imshow(mosaic(images, columns), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_yticks([cell * (row + 0.5) for row in range(NUM_CLASSES)], CLASS_NAMES)
@@ -514,7 +514,7 @@ def generate_visualizations(model, epoch, final=False):
     columns, names, frames = PICTURE_COLUMNS, [], []
     def watch(t, x_t):
         names.append("image" if t < 0 else f"t = {t}")
-        frames.append(x_t[::columns].cpu())                         # (10, 1, H, W)
+        frames.append(x_t[::columns].to("cpu", copy=True))          # (10, 1, H, W)
     images = sample(model, torch.arange(NUM_CLASSES).repeat_interleave(columns), callback=watch)
     stem, steps = Path(PICTURE_DIR, f"epoch_{epoch}"), f"{len(frames) - 1} of {len(model.abar)}"
     about = f"epoch {epoch}, {steps} steps, guidance {guidance(model):.3g}"
@@ -553,12 +553,12 @@ def find_checkpoints(*whats):  # those that exist; "epoch_*" for all of these
 def read_checkpoint(path):
     """The checked state in a file, executing nothing. Raises UserError, naming a bad file."""
     try:
-        state = torch.load(io.BytesIO(Path(path).read_bytes()), "cpu", weights_only=True)
+        state = torch.load(io.BytesIO(data := Path(path).read_bytes()), "cpu", weights_only=True)
         state.setdefault("guide", state["average"])  # in an old file, which FORMAT refuses
         [state[name].keys() for name in ("constants", *TRAINED)], state["progress"]["step"] + 0
-        for name, value in (item for part in TRAINED[:3] for item in state[part].items()):
-            if not value.isfinite().all():
-                raise ValueError(f"{name} is not finite")
+        if zipfile.ZipFile(io.BytesIO(data)).testzip() or not all(  # torch.load checks no sums
+                v.isfinite().all() for part in TRAINED[:3] for v in state[part].values()):
+            raise ValueError("its values are damaged or not finite")
     except Exception as error:  # torch.load raises whatever the bytes suggest to it
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:100]
         raise UserError(f"{path} is damaged or no checkpoint of this script ({reason})") from error
@@ -747,12 +747,12 @@ def train(trainer, images, labels, heldout, stop):
             bar.set_description(f"epoch {now['epoch'] + 1}/{EPOCHS}")
             while now["position"] + BATCH_SIZE <= len(images):
                 trainer.step(images, labels)
-                if now["step"] % 20 == 0:
+                if now["step"] % 20 == 0 or stop:
                     loss = check_loss(mean_losses(now["sums"])["loss"])
                     bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
                 bar.update(BATCH_SIZE)
                 exit_if_asked(trainer, images, labels, stop)
-            rate = (per_epoch - position) / (time.perf_counter() - began)
+            rate = (now["position"] - position) / (time.perf_counter() - began)
             finish_epoch(trainer, images, labels, heldout)
             row, best = now["history"][-1], " (best)" * (now["best_epoch"] == now["epoch"])
             seconds = time.perf_counter() - began + position / (rate or math.inf)  # a whole epoch
@@ -848,15 +848,15 @@ def run(stop):
     device, folder, (path, state) = pick_device(), find_data(), found[0][1]
     images, labels = (part.to(device) for part in load_fashion_mnist("train", folder))
     heldout = [part.to(device) for part in load_fashion_mnist("test", folder)]
-    if BATCH_SIZE > len(images) or BATCH_SIZE % WORLD_SIZE:
-        raise UserError(f"BATCH_SIZE must be at most the {len(images)} images, and a multiple of "
-                        f"the {WORLD_SIZE} processes, got {BATCH_SIZE}")
+    if not 2 * WORLD_SIZE <= BATCH_SIZE <= len(images) or BATCH_SIZE % WORLD_SIZE:
+        raise UserError(f"BATCH_SIZE must be at most the {len(images)} images, and a multiple, "
+                        f"from 2 on, of the {WORLD_SIZE} processes, got {BATCH_SIZE}")
     now = (trainer := Trainer(device)).progress
     now.update(state.get("progress", {}))
     report(trainer.model, folder, images, heldout[0], EPOCHS - now["epoch"])
     if path:
         for name in TRAINED:
-            getattr(trainer, name).load_state_dict(state[name])
+            getattr(trainer, name).load_state_dict(state.pop(name))
         print(f"resuming   {path}: {now['epoch']} epochs and {now['position']} images of the next "
               "are done (RESUME = False starts anew)", flush=True)
         if now["position"] == 0:
@@ -872,7 +872,7 @@ def main():
     keep_freed_memory()
     stop = []
     def remember(number, _frame):
-        if stop and WORLD_SIZE == 1:  # torchrun repeats the terminal's
+        if stop and number == signal.SIGINT and "RANK" not in os.environ:  # torchrun repeats it
             raise KeyboardInterrupt  # asked twice: at once
         stop.append(number)
         not RANK and os.isatty(2) and os.write(2, b"\nstopping when this is done and saved\n")

@@ -288,6 +288,7 @@ def test_image_i_depends_on_seed_and_i_alone(model, eta, guidance):
         few = sample(model, labels[:count], batch_size=batch_size, **options)
         torch.testing.assert_close(few, images[:count], rtol=0, atol=1e-4)
     assert (sample(model, labels[:7], **{**options, "seed": 6}) - images[:7]).abs().max() > 0.1
+    assert torch.equal(sample(model, labels, **{**options, "seed": np.arange(6)[-1]}), images)
     same_label = sample(model, [0, 0], **options)
     assert (same_label[0] - same_label[1]).abs().max() > 0.1
 

@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import weakref
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +214,18 @@ def test_second_ctrl_c_stops_at_once_and_the_epochs_before_are_kept(run, undistu
     assert_as_undisturbed(undisturbed)
 
 
+@pytest.mark.parametrize("number, launcher", [(signal.SIGTERM, {}), (signal.SIGINT, {"RANK": "0"})])
+def test_a_signal_that_a_scheduler_or_torchrun_repeats_is_still_answered_by_saving(
+        run, monkeypatch, number, launcher):
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    before_step(monkeypatch, STEPS + 2, lambda: [signal.raise_signal(number) for _ in "12"])
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    assert stopped.value.code == 128 + number
+    assert read_checkpoint(checkpoint("last"))["progress"]["step"] == STEPS + 2
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_ctrl_c_is_answered_at_once_on_a_terminal(run, monkeypatch, capfd, terminal):
     said = []
@@ -248,6 +261,26 @@ def test_time_left_after_a_resume_counts_whole_epochs(run, monkeypatch, capsys):
     assert "600 s, 10 min left" in lines[1] and "600 s, 0 min left" in lines[2]
 
 
+def test_speed_after_a_resume_with_larger_batches_is_of_the_images_trained(
+        run, monkeypatch, capsys):
+    clock, step = [0], Trainer.step
+
+    def slow(trainer, *args):
+        clock[0] += script_unet.BATCH_SIZE
+        step(trainer, *args)
+
+    monkeypatch.setattr(Trainer, "step", slow)
+    monkeypatch.setattr(script_unet.time, "perf_counter", lambda: clock[0])
+    with monkeypatch.context() as patch:
+        before_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(SystemExit):
+            run()
+    monkeypatch.setattr(script_unet, "BATCH_SIZE", 150)     # for what is left of 600: 200 images
+    run()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert "1 images/s, 550 s" in lines[0] and "1 images/s, 600 s" in lines[1]
+
+
 class Malice:
     """An object whose pickle, when it is loaded the careless way, leaves a file "executed"."""
 
@@ -260,12 +293,19 @@ def not_a_number(state):
     return state
 
 
+def one_bit_flipped(data):
+    weights = max(zipfile.ZipFile(io.BytesIO(data)).infolist(), key=lambda file: file.file_size)
+    return bytes(byte ^ (i == weights.header_offset + weights.file_size // 2)
+                 for i, byte in enumerate(data))
+
+
 DAMAGES = {     # what becomes of a checkpoint's bytes
     "none": lambda data: data,
     "truncated": lambda data: data[:5000],
     "empty": lambda data: b"",
     "zeros": lambda data: bytes(len(data)),
     "random": lambda data: random.Random(0).randbytes(len(data)),
+    "one bit": one_bit_flipped,
     "nan": lambda data: saved(not_a_number(torch.load(io.BytesIO(data), weights_only=True))),
     "malicious": lambda data: saved({**torch.load(io.BytesIO(data), weights_only=True),
                                      "progress": Malice()}),
@@ -546,8 +586,9 @@ def test_divergence_stops_the_run_before_anything_good_is_overwritten(
     assert_as_undisturbed(undisturbed)
 
 
-def test_signal_after_divergence_overwrites_nothing_good(run, monkeypatch):
-    diverge_at(monkeypatch, STEPS + 2, nan_gradient)
+@pytest.mark.parametrize("spoil", [huge_loss, nan_gradient])
+def test_signal_after_divergence_overwrites_nothing_good(run, monkeypatch, spoil):
+    diverge_at(monkeypatch, STEPS + 2, spoil)
     before_step(monkeypatch, STEPS + 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(UserError, match="diverged"):
         run()
@@ -604,6 +645,11 @@ def test_failed_write_leaves_the_old_file_and_no_half_one(tmp_path, monkeypatch)
             with pytest.raises(UserError, match="file.*No space left"):
                 atomic_write(path, b"new")
         assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with monkeypatch.context() as patch:    # a disk that has become read-only
+        for function in ("fsync", "unlink"):
+            patch.setattr(os, function, full)
+        with pytest.raises(UserError, match="file.*No space left"):
+            atomic_write(path, b"new")
     with pytest.raises(UserError, match="nowhere"):
         atomic_write(tmp_path / "nowhere" / "file", b"new")
     atomic_write(path, b"new")
@@ -1076,6 +1122,8 @@ def test_pictures_name_classes_steps_epoch_and_guidance(tiny, monkeypatch, scale
         axes, = figure.axes
         for part in ("epoch 7", "4 of 20 steps", f"guidance {shown}"):
             assert part in axes.get_title()
+        title = axes.title.get_window_extent()
+        assert 0 < title.x0 and title.x1 < figure.bbox.x1
         names = [label.get_text() for label in axes.get_yticklabels()]
         assert names == FashionMNIST.classes and axes.axison
         height = axes.get_images()[0].get_array().shape[0]
@@ -1134,6 +1182,18 @@ def test_gif_ends_with_the_first_final_image_of_each_class(tiny, monkeypatch):
             cells = np.asarray(gif.convert("L"))[14::30, 14::30]
             assert cells.flatten().tolist() == [2 * (5 * c + k) for c in range(10)]
     assert k == 4 and Path("final_fashion_mnist_samples.png").exists()
+
+
+def test_pictures_keep_no_more_of_each_step_than_they_show(tiny, monkeypatch):
+    frames, draw = [], tiny.mosaic
+
+    def watched(images, columns):
+        frames.append(images.untyped_storage().nbytes() / images.nbytes)
+        return draw(images, columns)
+
+    monkeypatch.setattr(tiny, "mosaic", watched)
+    generate_visualizations(FashionMNISTUNetDenoiser(), 7, final=True)
+    assert frames[1:] == [1] * (TINY["SAMPLING_STEPS"] + 1)
 
 
 def test_mosaic_places_images_row_by_row_between_white_lines():
