@@ -162,6 +162,15 @@ def test_batch_above_the_data_is_refused(tiny, monkeypatch):
         main()
 
 
+def test_batch_of_one_image_a_process_which_cannot_be_normalised_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "WORLD_SIZE", 2)
+    for name in ("init_process_group", "broadcast_object_list", "destroy_process_group"):
+        monkeypatch.setattr(tiny.dist, name, lambda *_args: None)
+    monkeypatch.setattr(tiny, "BATCH_SIZE", 2)
+    with pytest.raises(UserError, match="BATCH_SIZE must be .* 2 processes, got 2"):
+        main()
+
+
 def test_picture_dir_that_is_a_file_is_refused(tiny, monkeypatch):
     Path("taken").touch()
     monkeypatch.setattr(tiny, "PICTURE_DIR", "taken")
