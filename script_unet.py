@@ -36,17 +36,17 @@ from tqdm import tqdm
 
 # ---- Constants, read when main() runs: a notebook may set script_unet.EPOCHS = 2 first ---------
 # Training
-EPOCHS = 150                # passes over the training images; after 12, prints are still vague
-BATCH_SIZE = 256            # images per optimizer step; a CPU trains 15% faster than in 128s
-LEARNING_RATE = 2.8e-3      # AdamW's peak, times min(1, sqrt(20 / EPOCHS)); falls as (1 - done)^2
-MUON_LEARNING_RATE = 0.028  # the same of Muon [9], which trains kernels of 16 or more channels
+EPOCHS = 150                # passes over the training images; after 12, patterns are still vague
+BATCH_SIZE = 256            # images per optimizer step; a CPU is 15% faster with 256 than with 128
+LEARNING_RATE = 2.8e-3      # AdamW's, times min(1, sqrt(20 / EPOCHS)) and (share of the run left)^2
+MUON_LEARNING_RATE = 0.028  # the same for Muon [9], which trains kernels of 16 or more channels
 WARMUP_STEPS = 100          # learning rates rise over these steps, as statistics and moments settle
 WEIGHT_DECAY = 0.1          # each step shrinks all weights by this times the learning rate
 GRADIENT_CLIP = 1.0         # largest L2 norm of the whole gradient; a safeguard, hardly ever met
 DROPOUT = 0.0               # probability in each residual block; 60,000 images need none
 LABEL_DROPOUT = 0.1         # share of labels replaced by the null class [5], which the guide needs
-EMA_GAMMA = 16.0            # power of the weight average [8]: it lags 1/18 of the steps so far
-SEED = 0                    # all randomness of a step is a function of SEED and the step
+EMA_GAMMA = 16.0            # the averaged weights [8] lag 1 / (2 + this) of the steps so far
+SEED = 0                    # all randomness is a function of SEED and, in training, of the step
 # Data
 IMG_SIZE = 28               # pixels a side, 16 to 64; other sizes than 28 are resampled
 DATA_DIR = "data"           # torchvision's layout, and where its download goes
@@ -56,7 +56,7 @@ PATCH_SIZE = 2              # 1 to 4; p x p pixels become one cell, so the work 
 CHANNELS = (64, 96, 128)    # width at each resolution: 14 x 14 cells, 7 x 7, then 4 x 4
 BLOCKS = (1, 1, 1)          # residual blocks at each resolution, on the way down and up again
 EMBEDDING_DIM = 256         # features of the embedding of time and class; 512 gain nothing
-ATTENTION_HEAD_DIM = 64     # features of each attention head, at the lowest resolution; as is usual
+ATTENTION_HEAD_DIM = 64     # features of each attention head; divides the last of CHANNELS
 # Diffusion
 NUM_DIFFUSION_STEPS = 100   # T, the steps from image to noise; few, as sampling visits only some
 BETA_SCHEDULE = "cosine"    # "cosine" [2] or "linear" [1]
@@ -65,12 +65,12 @@ BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled b
 # Sampling
 SAMPLING_STEPS = 22         # of the T steps; more are slower and hardly better
 SAMPLING_ETA = 0.0          # noise added at each step: 0: none [6]; 1: all of DDPM's [1, 3]
-GUIDANCE_SCALE = 0.0        # 1: off; more: away from a weaker model [10]; 0: 2.8 to 1.4, by epochs
+GUIDANCE_SCALE = 0.0        # 0: 2.8 to 1.4, by epochs; 1: off; more: clearer and less varied [10]
 # Machine and output, in the working directory
 PRECISION = "auto"          # "auto": bf16 where the hardware computes in it; or "bf16", "fp32"
 RESUME = True               # go on from the newest checkpoint; False sets older ones aside
 CHECKPOINT_EVERY = 10       # epochs between the numbered checkpoints
-PICTURE_COLUMNS = 10        # samples a class, and steps shown on the way from noise to image
+PICTURE_COLUMNS = 10        # samples per class, and steps shown on the way from noise to image
 PICTURE_DIR = "epoch_visualizations"           # where the pictures of each epoch go
 CHECKPOINT_PREFIX = "fashion_mnist_diffusion"  # what the checkpoints' paths start with
 
@@ -80,7 +80,7 @@ NUM_CLASSES = len(CLASS_NAMES)  # labels 0 ... 9; label 10 is the null class: an
 FORMAT = 5  # of the checkpoints, raised when weights of an older version no longer fit
 MODEL_CONSTANTS = ("FORMAT", "IMG_SIZE", "NUM_CLASSES", "PATCH_SIZE", "CHANNELS", "BLOCKS",
                    "EMBEDDING_DIM", "ATTENTION_HEAD_DIM", "NUM_DIFFUSION_STEPS", "BETA_SCHEDULE",
-                   "BETA_START", "BETA_END")  # fixed by training; the last 4: noise_schedule's
+                   "BETA_START", "BETA_END")  # fixed by training; last 4: noise_schedule()'s
 # Set by torchrun: this process's number among all, and how many there are
 RANK, WORLD_SIZE = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
 
@@ -108,7 +108,7 @@ def bad_data(path, reason):
                      "it, or first `apt-get install dataset-fashion-mnist` on Debian or Ubuntu")
 
 def read_idx(path):
-    """The uint8 array in a gzipped IDX file. Raises UserError when it breaks its header's word."""
+    """The uint8 array in a gzipped IDX file. Raises UserError when its header does not fit it."""
     try:
         data = gzip.decompress(Path(path).read_bytes())
     except (OSError, EOFError, zlib.error) as error:
@@ -179,9 +179,9 @@ class PatchConv(nn.Module):
         rows, cols = -x.shape[-2] % self.patch_size, -x.shape[-1] % self.patch_size
         if rows or cols:
             x = F.pad(x, (cols // 2, cols - cols // 2, rows // 2, rows - rows // 2))
-        # A strided convolution in two parts, which a CPU does several times faster
-        x, patch = x.permute(0, 2, 3, 1), (-1, self.patch_size)
-        x = x.unflatten(2, patch).unflatten(1, patch).transpose(2, 3)   # (B, H/p, W/p, p, p, in)
+        # A convolution of stride p as reshape and matrix product: several times faster on a CPU
+        x, p = x.permute(0, 2, 3, 1), self.patch_size
+        x = x.unflatten(2, (-1, p)).unflatten(1, (-1, p)).transpose(2, 3)  # (B, H/p, W/p, p, p, in)
         return self.conv(x.flatten(3).permute(0, 3, 1, 2))          # (B, out, H/p, W/p)
 
 class PatchExpand(nn.Module):
@@ -200,59 +200,60 @@ class PatchExpand(nn.Module):
 
 class DoubleConv(nn.Module):
     """Two convolutions; (B, C, H, W), emb (B, E) -> (B, C, H, W). Half-way, emb scales and shifts.
-    Plain: 3 x 3, then `kernel` (3 or 1) square, each after batch normalization and hard swish.
-    Separable, less work, for the way down: 3 x 3 of each channel alone, normalised, then 1 x 1 to
-    2 C and back, [11] figure 4. The last starts at zero: a residual block starts as identity."""
+    Plain: norm, hard swish, 3 x 3; norm, scale and shift, hard swish, `kernel` x `kernel` (3 or 1).
+    Separable, less work ([11] figure 4): each channel's 3 x 3; norm, scale and shift, 1 x 1 to 2 C,
+    hard swish, 1 x 1 to C. The last starts at zero: a residual block starts as the identity."""
     def __init__(self, channels, embedding_dim, dropout=0.0, separable=False, kernel=3):
         super().__init__()
         c, norm, act, drop = channels, nn.BatchNorm2d, nn.Hardswish(), nn.Dropout(dropout)
         conv = functools.partial(nn.Conv2d, c, c, 3, padding="same", bias=False)
-        self.first = nn.Sequential(*[conv(groups=c)] if separable else [norm(c), act, conv()])
-        self.norm, self.scale_shift = norm(c), nn.Linear(embedding_dim, 2 * c)
-        self.second = nn.Sequential(*[
-            Conv1x1(c, 2 * c, 1), act, drop, Conv1x1(2 * c, c, 1, bias=False)] if separable else [
-            act, drop, conv() if kernel == 3 else Conv1x1(c, c, 1, bias=False)])
+        first = [conv(groups=c)] if separable else [norm(c), act, conv()]
+        self.first, self.norm = nn.Sequential(*first), norm(c)
+        self.scale_shift = nn.Linear(embedding_dim, 2 * c)
+        second = ([Conv1x1(c, 2 * c, 1), act, drop, Conv1x1(2 * c, c, 1, bias=False)] if separable
+                  else [act, drop, conv() if kernel == 3 else Conv1x1(c, c, 1, bias=False)])
+        self.second = nn.Sequential(*second)
         nn.init.zeros_(self.second[-1].weight)
     def forward(self, x, emb):
         scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1)
         return self.second(torch.addcmul(shift, self.norm(self.first(x)), 1 + scale))
 
 class ResBlock(nn.Module):
-    """x + DoubleConv(*args)(x, emb); (B, C, H, W), (B, E) -> (B, C, H, W)."""
-    def __init__(self, *args):
+    """x + DoubleConv(...)(x, emb); (B, C, H, W), (B, E) -> (B, C, H, W)."""
+    def __init__(self, *args, **kwargs):
         super().__init__()
-        self.double_conv = DoubleConv(*args)
+        self.double_conv = DoubleConv(*args, **kwargs)
     def forward(self, x, emb):
         return x + self.double_conv(x, emb)                         # (B, C, H, W)
 
+class Blocks(nn.ModuleList):
+    def forward(self, x, emb):  # residual blocks, one after the other
+        for block in self:
+            x = block(x, emb)
+        return x                                                    # (B, C, H, W)
+
 class Down(nn.Module):
     """To a coarser grid: PatchConv, then residual blocks; (B, in, H, W) -> (B, out, H/p, W/p)."""
-    def __init__(self, in_channels, out_channels, patch_size, blocks, *block_args):
+    def __init__(self, in_channels, out_channels, patch_size, blocks, *args, **kwargs):
         super().__init__()
         self.patch_conv = PatchConv(in_channels, out_channels, patch_size)
-        self.blocks = nn.ModuleList(ResBlock(out_channels, *block_args) for _ in range(blocks))
+        self.blocks = Blocks(ResBlock(out_channels, *args, **kwargs) for _ in range(blocks))
     def forward(self, x, emb):
-        x = self.patch_conv(x)                                      # (B, out, H/p, W/p)
-        for block in self.blocks:
-            x = block(x, emb)
-        return x
+        return self.blocks(self.patch_conv(x), emb)                 # (B, out, H/p, W/p)
 
 class Up(nn.Module):
     """To a finer grid: PatchExpand, plus the encoder's map of that grid, then residual blocks.
     (B, in, H/p, W/p), skip (B, out, H, W), emb (B, E) -> (B, out, H, W)."""
-    def __init__(self, in_channels, out_channels, patch_size, blocks, *block_args):
+    def __init__(self, in_channels, out_channels, patch_size, blocks, *args, **kwargs):
         super().__init__()
         self.patch_expand = PatchExpand(in_channels, out_channels, patch_size)
-        self.blocks = nn.ModuleList(ResBlock(out_channels, *block_args) for _ in range(blocks))
+        self.blocks = Blocks(ResBlock(out_channels, *args, **kwargs) for _ in range(blocks))
     def forward(self, x, skip, emb):
-        x = self.patch_expand(x, skip.shape[-2:]) + skip            # (B, out, H, W)
-        for block in self.blocks:
-            x = block(x, emb)
-        return x
+        return self.blocks(self.patch_expand(x, skip.shape[-2:]) + skip, emb)   # (B, out, H, W)
 
 class SelfAttention(nn.Module):
     """Multi-head linear attention [7] section 3.2, residual, in O(H W); (B, C, H, W) -> same.
-    softmax_d(q) (softmax_n(k)^T v): its weights sum to one, and their (H W)^2 are never formed."""
+    softmax_d(q) (softmax_n(k)^T v), the right product first: its N x N weights are never formed."""
     def __init__(self, channels, head_dim):
         super().__init__()
         self.heads, self.norm = channels // head_dim, nn.BatchNorm2d(channels)
@@ -307,13 +308,13 @@ class FashionMNISTUNetDenoiser(nn.Module):
         self.time_mlp = nn.Sequential(nn.Linear(64, dim), nn.Hardswish(), nn.Linear(dim, dim))
         self.class_embedding = nn.Embedding(c["NUM_CLASSES"] + 1, dim)
         nn.init.normal_(self.class_embedding.weight, std=0.5)
-        widths, patches, top = (1, *channels), (c["PATCH_SIZE"], 2, 2, 2), len(channels) - 1
+        widths, patches, last = (1, *channels), (c["PATCH_SIZE"], 2, 2, 2), len(channels) - 1
         self.downs = nn.ModuleList(Down(widths[i], widths[i + 1], patches[i], blocks[i], dim,
-                                        dropout, True) for i in range(top + 1))     # separable
-        self.attention = SelfAttention(channels[top], c["ATTENTION_HEAD_DIM"])
-        self.middle = nn.ModuleList(ResBlock(channels[-1], dim, dropout) for _ in range(blocks[-1]))
+                                        dropout, separable=True) for i in range(last + 1))
+        self.attention = SelfAttention(channels[last], c["ATTENTION_HEAD_DIM"])
+        self.middle = Blocks(ResBlock(channels[last], dim, dropout) for _ in range(blocks[last]))
         self.ups = nn.ModuleList(Up(channels[i + 1], channels[i], 2, blocks[i], dim, dropout,
-                                    False, 1) for i in reversed(range(top)))  # 3 x 3, then 1 x 1
+                                    kernel=1) for i in reversed(range(last)))
         self.norm = nn.BatchNorm2d(channels[0])
         self.to_pixels = PatchExpand(channels[0], 1, c["PATCH_SIZE"])
         nn.init.zeros_(self.to_pixels.conv.weight)
@@ -324,9 +325,7 @@ class FashionMNISTUNetDenoiser(nn.Module):
         for down in self.downs:
             x = down(x, emb)                                        # (B, C_i, H_i, W_i)
             skips.append(x)
-        x = self.attention(skips.pop())                             # (B, C_-1, H_-1, W_-1)
-        for block in self.middle:
-            x = block(x, emb)
+        x = self.middle(self.attention(skips.pop()), emb)           # (B, C_-1, H_-1, W_-1)
         for up in self.ups:
             x = up(x, skips.pop(), emb)                             # (B, C_i, H_i, W_i)
         return self.to_pixels(F.hardswish(self.norm(x)), x_t.shape[-2:])    # (B, 1, H, W)
@@ -373,12 +372,12 @@ def predict_x_start(model, x_t, t, labels):
     return x_start_from_v(x_t, t, v.float(), model.abar)
 
 def diffusion_loss(model, x_start, t, labels, noise):
-    """Mean squared error of v for each image, (B,). Where x_start is -1 or 1, as half its pixels,
-    a prediction beyond it costs nothing: sampling clips it; punished, black would come out gray.
-    At t = 0, whose prediction is the picture, absolute error: best is the median, often black."""
+    """Mean squared error of v for each image, (B,), with two exceptions that keep black black.
+    Where a pixel of x_start is -1 or 1, as half are, a prediction beyond it costs nothing: sampling
+    clips it. At t = 0, which predicts the picture, absolute error: best is the median."""
     error = predict_x_start(model, q_sample(x_start, t, noise, model.abar), t, labels) - x_start
     error = error.masked_fill((x_start.abs() >= 1) & (error * x_start > 0), 0)
-    error = error / (1 - model.abar[t]).sqrt().view(-1, 1, 1, 1)    # v's, but for the sign
+    error = error / (1 - model.abar[t]).sqrt().view(-1, 1, 1, 1)    # now v's, but for the sign
     return torch.where(t.view(-1, 1, 1, 1) == 0, error.abs(), error.square()).mean((1, 2, 3))
 
 # ---- Sampling ----------------------------------------------------------------------------------
@@ -396,22 +395,22 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     both are clipped first: a difference between two overshoots would be grain in the background.
     The noise of image i depends on seed and i alone: N and batch_size change only rounding, 1e-4 in
     fp32. callback(t, x_t) sees all images before each step t and, with t = -1, the result."""
-    steps, eta, seed = (default if given is None else given for given, default in zip(
-        (steps, eta, seed), (SAMPLING_STEPS, SAMPLING_ETA, SEED)))
-    abar, size = model.abar.tolist() + [1.0], model.constants["IMG_SIZE"]
-    lam = [math.log(a / (1 - a)) / 2 for a in [*abar[:-1], abar[0]]]    # log(SNR) / 2, [-1] = [0]
+    steps, eta = SAMPLING_STEPS if steps is None else steps, SAMPLING_ETA if eta is None else eta
+    seed = SEED if seed is None else seed
+    abar, size, T = model.abar.tolist() + [1.0], model.constants["IMG_SIZE"], len(model.abar)
+    lam = [math.log(a / (1 - a)) / 2 for a in abar[:T] + abar[:1]]  # [6]'s lambda; [-1]: as t = 0
     labels = torch.as_tensor(labels, device=model.abar.device)
     streams = [generator("sample", int(seed), i) for i in range(len(labels))]
-    def fresh_noise():  # a stream an image, on the CPU: the same on all machines, in any batch
+    def fresh_noise():  # one stream per image, on the CPU: the same on all machines, in any batch
         noise = [torch.randn(1, 1, size, size, generator=stream) for stream in streams]
         return torch.cat([torch.empty(0, 1, size, size), *noise]).to(labels.device)
     def predict(net):  # x_start (N, 1, H, W) at the loop's x_t and t
         return torch.cat([predict_x_start(net, x, torch.full_like(y, t), y) for x, y in zip(
             x_t.split(batch_size), labels.split(batch_size))]).clamp(-1, 1)
-    x_t, s, scale = fresh_noise(), None, guidance_scale or guidance(model)
-    u = np.linspace(1, 0, min(steps, len(model.abar)))  # t / (T - 1), from noise to image
-    u += (1 - len(u) / len(model.abar)) * u * (1 - u) * (2 * u - 1)  # gaps narrowest at both ends
-    visited = (u * (len(model.abar) - 1)).round().astype(int).tolist()
+    x_t, s, scale = fresh_noise(), None, guidance_scale or guidance(model)  # s: the step before t
+    u = np.linspace(1, 0, min(steps, T))                    # t / (T - 1), from noise to image
+    u += (1 - len(u) / T) * u * (1 - u) * (2 * u - 1)       # denser at both ends, unless all T
+    visited = (u * (T - 1)).round().astype(int).tolist()
     for t, t_next in zip(visited, [*visited[1:], -1]):              # abar[-1] is 1: the image
         callback(t, x_t)
         x_start = predict(model)
@@ -421,9 +420,9 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
         if s is not None and eta < 1:
             if eta == 0:  # [6] UniC-1: the step from s to t again, now with both ends' x_start
                 x_t, _ = posterior((start_s + x_start) / 2, x_s, abar[s], abar[t], 0)
-            half = (lam[t_next] - lam[t]) / (lam[t] - lam[s]) / 2       # last step: 0, first order
-            estimate = x_start + half * (x_start - start_s)     # [6] algorithm 2: linear in lambda
-        s, x_s, start_s = t, x_t, x_start                           # where this step begins
+            ratio = (lam[t_next] - lam[t]) / (lam[t] - lam[s])      # last step: 0, first order
+            estimate = x_start + ratio / 2 * (x_start - start_s)    # [6] algorithm 2, linear in lam
+        s, x_s, start_s = t, x_t, x_start                           # kept for the next step
         x_t, std = posterior(estimate, x_t, abar[t], abar[t_next], eta)
         x_t = x_t + std * fresh_noise() if std > 0 else x_t
     callback(-1, x_t)
@@ -498,7 +497,7 @@ def mosaic(images, columns, gap=2):
     return grid.flatten(2).flatten(0, 1)[:-gap, :-gap].numpy()
 
 def draw_classes(images, names, title, path):
-    """Save images (10 * columns, 1, H, W) on a fixed gray scale: a row a class, named columns."""
+    """Save images (10 * columns, 1, H, W) on a fixed gray scale: a row per class, named columns."""
     columns, cell = len(names), images.shape[-1] + 2                # with mosaic's gap
     figure = Figure(figsize=(max(6.4, 1.8 + 0.62 * columns), 7.1), layout="constrained")
     axes = figure.add_subplot(title=title)
@@ -627,20 +626,21 @@ def check_loss(loss):
     return loss
 
 class InFloat32(torch.overrides.TorchFunctionMode):
-    """Keeps torch.optim.Muon from bfloat16: emulated, that takes a CPU 2 to 15 times as long."""
+    """Makes .bfloat16(), which Muon calls, do nothing: emulated, it is 2 to 15 times as slow."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0] if function is torch.Tensor.bfloat16 else function(*args, **kwargs or {})
 
 class Trainer:
     """The weights, their average, its guide, the optimizers and the progress: what a resume needs.
     progress: "epoch" finished epochs, "position" images of the epoch at hand, "step" updates,
-    "sums" losses of the epoch at hand, "best_loss", "best_epoch", "history" (a row an epoch)."""
+    "sums" losses of the epoch at hand, "best_loss", "best_epoch", "history" (a row per epoch)."""
     def __init__(self, device):
         torch.manual_seed(SEED)
         self.network = self.model = FashionMNISTUNetDenoiser(dropout=DROPOUT)
         self.model.to(device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.guide, = self.average.guide = (copy.deepcopy(self.average),)
+        self.guide = copy.deepcopy(self.average)
+        self.average.guide = (self.guide,)
         if WORLD_SIZE > 1:  # gradients are averaged over all processes, on GPUs statistics as well
             if device.type == "cuda":
                 nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -657,7 +657,7 @@ class Trainer:
                          "best_loss": math.inf, "best_epoch": 0, "history": []}
 
     def save(self, *names):
-        check_loss(0 * sum(weight.sum() for weight in self.model.parameters()).item())  # no NaN
+        check_loss(0 * sum(p.sum() for p in self.model.parameters()).item())  # 0, or NaN: diverged
         torch.save({"constants": self.model.constants, "progress": self.progress,
                     **{x: getattr(self, x).state_dict() for x in TRAINED}}, buffer := io.BytesIO())
         for name in names:
@@ -666,8 +666,8 @@ class Trainer:
     def save_epoch(self):
         """Write the checkpoints that are due at the end of an epoch, "last" last."""
         epoch, best = self.progress["epoch"], self.progress["best_epoch"]
-        self.save(*[f"epoch_{epoch}"] * (epoch % CHECKPOINT_EVERY == 0),
-                  *["best_model"] * (epoch == best), "last")
+        due = {f"epoch_{epoch}": epoch % CHECKPOINT_EVERY == 0, "best_model": epoch == best}
+        self.save(*(name for name in due if due[name]), "last")
 
     def step(self, images, labels):
         """One update, [1] algorithm 1, on the next BATCH_SIZE images (uint8, on the device) of the
@@ -686,7 +686,7 @@ class Trainer:
         losses.mean().backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         for kernel, matrix in zip(self.kernels, self.matrices):
-            matrix.grad = kernel.grad.permute(0, 2, 3, 1).flatten(1)
+            matrix.grad = kernel.grad.movedim(1, 3).flatten(1)      # as in self.matrices
         left = 1 - (now["epoch"] + now["position"] / len(images)) / EPOCHS  # 1 to 0, of the run
         factor = min(1, (now["step"] + 1) / WARMUP_STEPS) * left**2 * min(1, 20 / EPOCHS) ** 0.5
         for opt in (self.muon, self.adamw):
@@ -699,14 +699,14 @@ class Trainer:
         update_average(self.average, self.model, now["step"])
 
 def finish_average(trainer, images, labels):
-    """Make the averaged weights ready for sample(). The guide follows them for three epochs (in
-    short runs, a quarter), then stays behind, told 4/5 of the class: it errs alike, but more."""
+    """Make the averaged weights ready for sample(). For three epochs (in short runs, a quarter) the
+    guide is their copy, with classes a fifth of the way to the null class; then it stays behind."""
     refresh_batch_norm(trainer.average, images, labels)
     trainer.average.epochs.fill_(trainer.progress["epoch"] + (trainer.progress["position"] > 0))
     if trainer.progress["epoch"] < min(3, EPOCHS / 4):
         trainer.guide.load_state_dict(trainer.average.state_dict())
         classes = trainer.guide.class_embedding.weight
-        classes[:-1].lerp_(classes[-1], 0.2)
+        classes[:-1].lerp_(classes[-1], 0.2)    # weaker: it errs as the model does, but more
 
 def finish_epoch(trainer, images, labels, heldout):
     """Judge the averaged weights, draw, log and, last, save."""
@@ -763,7 +763,7 @@ def train(trainer, images, labels, heldout, stop):
             exit_if_asked(trainer, images, labels, stop)
 
 # ---- main --------------------------------------------------------------------------------------
-# Each checked constant's default, then the least and greatest number allowed, or other choices
+# Each checked constant's default, which sets its type, then least and greatest, or other choices
 ALLOWED = {
     "EPOCHS": (150, 1, 1e6), "BATCH_SIZE": (256, 2, 1e5), "LEARNING_RATE": (2.8e-3, 1e-9, 10),
     "MUON_LEARNING_RATE": (0.028, 1e-9, 10), "WARMUP_STEPS": (100, 1, 1e6),
@@ -780,12 +780,12 @@ def check_constants():
     """Raise UserError naming each constant that cannot work, what is allowed and what it is."""
     wrong = []
     for name, allowed in ALLOWED.items():
-        value, default, limits = globals()[name], type(allowed[0]), allowed[1:]
+        value, expected, limits = globals()[name], type(allowed[0]), allowed[1:]
         words, fine = " or ".join(map(repr, allowed)), value in allowed
-        if default in (int, float, tuple):
-            kind, values = (int, value) if default is tuple else (default, (value,))
+        if expected in (int, float, tuple):
+            kind, values = (int, value) if expected is tuple else (expected, (value,))
             words = "an integer" if kind is int else "a number"
-            words = f"{'a tuple, each ' * (default is tuple)}{words} from {'%g to %g' % limits}"
+            words = f"{'a tuple, each ' * (expected is tuple)}{words} from {'%g to %g' % limits}"
             fine = type(values) is tuple and all(
                 type(v) in (int, kind) and limits[0] <= v <= limits[1] for v in values)
         if not fine:
@@ -875,7 +875,7 @@ def main():
         if stop and number == signal.SIGINT and "RANK" not in os.environ:  # torchrun repeats it
             raise KeyboardInterrupt  # asked twice: at once
         stop.append(number)
-        not RANK and os.isatty(2) and os.write(2, b"\nstopping when this is done and saved\n")
+        if not RANK and os.isatty(2): os.write(2, b"\nstopping when this is done and saved\n")
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()) if RANK else hold_folder())
         with contextlib.suppress(ValueError):  # only the main thread may set handlers

@@ -87,6 +87,9 @@ def test_trials_learn_side_by_side_and_leave_checkpoints(tiny, monkeypatch, caps
         model = tiny.load_denoiser(f"trial_seed{seed}_last.pt", torch.device("cpu"))
         assert model.epochs == 6 and model.guide[0].epochs == 2
         assert torch.isfinite(tiny.sample(model, range(10), seed=0)).all()
+    monkeypatch.setattr(trials, "train", None)      # what must not be reached
+    with pytest.raises(SystemExit, match="trial_seed0_last.pt is of an earlier run"):
+        trials.main()
 
 
 def test_a_trial_that_diverged_does_not_lose_the_others(tiny, monkeypatch, capsys, device):
@@ -99,6 +102,7 @@ def test_a_trial_that_diverged_does_not_lose_the_others(tiny, monkeypatch, capsy
         next(trained[0].model.parameters()).data.fill_(torch.nan)
 
     monkeypatch.setattr(trials, "train", diverge)
-    trials.main()
+    with pytest.raises(SystemExit, match="1"):
+        trials.main()
     assert "seed 0: training diverged" in capsys.readouterr().out
     assert [path.name for path in Path().glob("trial*")] == ["trial_seed1_last.pt"]

@@ -23,6 +23,7 @@ Nearest training image: pixels in [0, 1], L2. Far below the test images', the mo
 import argparse
 import contextlib
 import functools
+import hashlib
 import os
 import sys
 import time
@@ -131,17 +132,22 @@ def train_classifier(seed, device, epochs=CLASSIFIER_EPOCHS, batch_size=256):
 
 @functools.lru_cache
 def load_classifier(seed):
-    """The classifier of that seed, from the cache or trained now, its test accuracy checked."""
+    """The classifier of that seed, from the cache or trained now, its test accuracy checked.
+
+    Its `name` tells it from others of that seed: what is cached of one is not used with another.
+    """
     device = script_unet.pick_device()
     weights = cached(f"classifier{seed}", lambda: train_classifier(seed, device).state_dict())
     model = Classifier()
+    data = b"".join(weight.numpy().tobytes() for weight in weights.values())
+    model.name = f"{seed}_{hashlib.blake2b(data, digest_size=4).hexdigest()}"
     model.load_state_dict(weights)
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     images, labels = real_images("test")
     accuracy = share(predict(model, classifier_features(model, images)) == labels)
-    assert accuracy >= CLASSIFIER_ACCURACY, (
-        f"the classifier of seed {seed} is right on {accuracy:.4f} of the test images, below "
-        f"{CLASSIFIER_ACCURACY}: take another --classifier-seed")
+    if accuracy < CLASSIFIER_ACCURACY:
+        sys.exit(f"the classifier of seed {seed} is right on {accuracy:.4f} of the test images, "
+                 f"below {CLASSIFIER_ACCURACY}: take another --classifier-seed")
     return model
 
 
@@ -246,7 +252,7 @@ def evaluate(images, labels=None, classifier_seed=0):
     """
     images, n = images.cpu(), len(images)
     model, (training, _) = load_classifier(classifier_seed), real_images("train")
-    reference = cached(f"features{classifier_seed}", lambda: classifier_features(model, training))
+    reference = cached(f"features{model.name}", lambda: classifier_features(model, training))
     features = classifier_features(model, images)
     figures = {"n": n, "frechet": frechet(reference, features)}
     if load_imagenet():
@@ -264,7 +270,8 @@ def evaluate(images, labels=None, classifier_seed=0):
 
 def evaluate_floor(per_class, classifier_seed=0):
     """evaluate() of the first `per_class` test images of each class."""
-    name = f"floor{classifier_seed}_{per_class}" + "_imagenet" * bool(load_imagenet())
+    name = f"floor{load_classifier(classifier_seed).name}_{per_class}"
+    name += "_imagenet" * bool(load_imagenet())
     return cached(name, lambda: evaluate(
         *first_of_each_class(*real_images("test"), per_class), classifier_seed))
 
@@ -331,11 +338,18 @@ def main():
 
     if args.guide_dropout is not None and not args.guide:
         parser.error("--guide-dropout is for --guide")
+    if args.guide_dropout is not None and not 0 <= args.guide_dropout <= 1:
+        parser.error(f"--guide-dropout must be from 0 to 1, got {args.guide_dropout}")
+    picture = args.picture and Path(args.picture)
+    if picture and not (picture.parent.is_dir() and picture.suffix.lower() == ".png"):
+        parser.error(f"--picture must be a .png in a folder that exists, got {picture}")
     for name, value in (("SAMPLING_STEPS", args.steps), ("SAMPLING_ETA", args.eta),
                         ("GUIDANCE_SCALE", args.guidance), ("SEED", args.seed)):
         if value is not None:
             setattr(script_unet, name, value)
     script_unet.check_constants()
+    if args.guide and script_unet.GUIDANCE_SCALE == 1:
+        parser.error("--guide is not asked with a guidance of 1")
     model = script_unet.load_denoiser(args.checkpoint)
     guide = args.guide and script_unet.load_denoiser(args.guide)
     if (size := model.constants["IMG_SIZE"]) != 28:
@@ -355,7 +369,7 @@ def main():
     print(f"{args.checkpoint}: {args.samples} samples a class, drawn in {seconds:.1f} s")
     print_table(evaluate(images, labels, args.classifier_seed), floor)
     if args.picture:
-        save_picture(images, args.picture)
+        save_picture(images, picture)
 
 
 if __name__ == "__main__":

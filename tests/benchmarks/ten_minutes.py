@@ -4,9 +4,10 @@
     python tests/benchmarks/ten_minutes.py --peer diffusers
     python tests/benchmarks/ten_minutes.py --seconds 120 'CHANNELS=(64, 128)' 'BLOCKS=(1, 1)'
 
-Trains this project's default configuration, or one with other constants, for as many epochs as by
-a trial of 110 steps fit into the time (which the run may miss by a tenth), or one of the peers in
-peers.py by its published recipe until the time is up; the peers have keep_freed_memory() as well.
+Trains this project's default configuration, or one with other constants, for as many epochs, at
+least one, as by a trial of 110 seconds fit into the time (which the run may miss by a tenth, a
+short one by more), or one of the peers in peers.py by its published recipe until the time is up;
+the peers have keep_freed_memory() as well.
 Then samples it, prints evaluate.py's table and saves the samples. Only training steps count as
 training time: what script_unet.py does between epochs (held-out loss, pictures, checkpoints) is
 added apart.
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from tqdm import tqdm
 
 import evaluate
@@ -87,6 +89,7 @@ def main():
     parser.add_argument("--samples", type=evaluate.per_class, default=200, metavar="N",
                         help="images of each class to evaluate, default 200; the peers' samplers "
                         "need up to 1000 steps an image, which may take hours without a GPU")
+    parser.add_argument("--classifier-seed", type=int, default=0)
     parser.add_argument("--peer", choices=peers.PEERS)
     parser.add_argument("--batch-size", type=int, help="of the peer, default as published")
     args = parser.parse_args()
@@ -113,15 +116,22 @@ def main():
     images, original_labels = evaluate.real_images("train")
     images, original_labels = images.to(device), original_labels.to(device)
     labels = torch.arange(10).repeat_interleave(args.samples)
-    floor = evaluate.evaluate_floor(args.samples)   # now: it may fail, or train the classifier
+    if script_unet.BATCH_SIZE > len(images):
+        parser.error(f"BATCH_SIZE must be at most {len(images)}, got {script_unet.BATCH_SIZE}")
     torch.manual_seed(args.seed)
-    if args.peer:
-        try:
-            peer = peers.PEERS[args.peer](device)
-        except peers.MissingPackage as error:
-            sys.exit(str(error))
+    try:
+        peer = peers.PEERS[args.peer](device) if args.peer else None
+    except peers.MissingPackage as error:
+        sys.exit(str(error))
+    with torch.random.fork_rng():   # the peer's random numbers stay as they were
+        # Now, as it may fail, or train the classifier
+        floor = evaluate.evaluate_floor(args.samples, args.classifier_seed)
+    if peer:
         print(f"{name}: {peer.parameters():,} parameters, seed {args.seed}, {device}")
         train_peer(peer, images, original_labels, args.seconds, args.batch_size or peer.batch_size)
+        # Before it samples, which may take hours
+        torch.save({part: module.state_dict() for part, module in vars(peer).items()
+                    if isinstance(module, nn.Module)}, folder / "peer.pt")
         draw = peer.sample
         asked = labels if peer.conditional else None
     else:
@@ -137,7 +147,7 @@ def main():
     seconds = time.perf_counter() - start
     evaluate.save_picture(samples, folder / "samples.png")
     torch.save(samples, folder / "samples.pt")
-    figures = evaluate.evaluate(samples, asked)
+    figures = evaluate.evaluate(samples, asked, args.classifier_seed)
     print(f"{name}: {len(samples):,} samples drawn in {seconds:.1f} s, see {folder}/samples.png")
     evaluate.print_table(figures, floor)
 

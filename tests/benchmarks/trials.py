@@ -191,11 +191,21 @@ def main():
     args = parser.parse_args()
     script_unet.EPOCHS = args.epochs
     script_unet.check_constants()
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--seeds must differ, got {args.seeds}")
+    for path in (Path(f"trial_seed{seed}_last.pt") for seed in args.seeds):
+        if path.exists():
+            sys.exit(f"{path.absolute()} is of an earlier run: move it away")
+        script_unet.atomic_write(path, b"")     # now: the folder may not be writable
+        path.unlink()
     device = script_unet.pick_device()
     images, labels = (part.to(device) for part in script_unet.load_fashion_mnist("train"))
+    if 3 * script_unet.BATCH_SIZE > len(images):    # record() tries three steps
+        sys.exit(f"BATCH_SIZE must be at most {len(images) // 3}, got {script_unet.BATCH_SIZE}")
     heldout = [part.to(device) for part in script_unet.load_fashion_mnist("test")]
     trials = [Trial(seed, images, labels) for seed in args.seeds]
     train(trials)
+    diverged = False
     for trial in trials:
         loss = script_unet.heldout_loss(trial.trainer.average, *heldout)["loss"]
         script_unet.CHECKPOINT_PREFIX = f"trial_seed{trial.seed}"
@@ -204,6 +214,9 @@ def main():
             print(f"seed {trial.seed}: held out {loss:.5f}, {script_unet.checkpoint_path('last')}")
         except script_unet.UserError as error:      # one that diverged does not lose the others
             print(f"seed {trial.seed}: {error}")
+            diverged = True
+    if diverged:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
