@@ -226,8 +226,8 @@ class ResBlock(nn.Module):
     def forward(self, x, emb):
         return x + self.double_conv(x, emb)                         # (B, C, H, W)
 
-class Blocks(nn.ModuleList):
-    def forward(self, x, emb):  # residual blocks, one after the other
+class Blocks(nn.ModuleList):  # ResBlocks in a row; (B, C, H, W), emb (B, E) -> (B, C, H, W)
+    def forward(self, x, emb):
         for block in self:
             x = block(x, emb)
         return x                                                    # (B, C, H, W)

@@ -241,43 +241,41 @@ def test_ctrl_c_is_answered_at_once_on_a_terminal(run, monkeypatch, capfd, termi
     assert ("stopping" in said[0]) is terminal
 
 
-def test_time_left_after_a_resume_counts_whole_epochs(run, monkeypatch, capsys):
-    clock, step = [0], Trainer.step
-
-    def slow(trainer, *args):
-        clock[0] += 100
-        step(trainer, *args)
-
-    monkeypatch.setattr(Trainer, "step", slow)
-    monkeypatch.setattr(script_unet.time, "perf_counter", lambda: clock[0])
-    with monkeypatch.context() as patch:
-        before_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(SystemExit):
-            run()
-    run()
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
-    # 6 steps an epoch of 100 s each, the first epoch's in two runs
-    assert ["600 s, 20 min left" in line for line in lines] == [True, False, False]
-    assert "600 s, 10 min left" in lines[1] and "600 s, 0 min left" in lines[2]
-
-
-def test_speed_after_a_resume_with_larger_batches_is_of_the_images_trained(
-        run, monkeypatch, capsys):
+@pytest.fixture
+def stop_after_four_steps_and_resume(run, monkeypatch, capsys):
+    """A function that does so, with batches of another size, and returns the lines of the epochs.
+    By the clock a step takes as many seconds as it has images, all else none."""
     clock, step = [0], Trainer.step
 
     def slow(trainer, *args):
         clock[0] += script_unet.BATCH_SIZE
         step(trainer, *args)
 
+    def stop_and_resume(batch_size):
+        with monkeypatch.context() as patch:
+            before_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
+            with pytest.raises(SystemExit):
+                run()
+        monkeypatch.setattr(script_unet, "BATCH_SIZE", batch_size)
+        run()
+        said = capsys.readouterr().out.splitlines()
+        return [line for line in said if line.startswith("epoch ")]
+
     monkeypatch.setattr(Trainer, "step", slow)
     monkeypatch.setattr(script_unet.time, "perf_counter", lambda: clock[0])
-    with monkeypatch.context() as patch:
-        before_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(SystemExit):
-            run()
-    monkeypatch.setattr(script_unet, "BATCH_SIZE", 150)     # for what is left of 600: 200 images
-    run()
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    return stop_and_resume
+
+
+def test_time_left_after_a_resume_counts_whole_epochs(stop_after_four_steps_and_resume):
+    lines = stop_after_four_steps_and_resume(TINY["BATCH_SIZE"])
+    # 6 steps an epoch of 100 s each, the first epoch's in two runs
+    assert ["600 s, 20 min left" in line for line in lines] == [True, False, False]
+    assert "600 s, 10 min left" in lines[1] and "600 s, 0 min left" in lines[2]
+
+
+def test_speed_after_a_resume_with_larger_batches_is_of_the_images_trained(
+        stop_after_four_steps_and_resume):
+    lines = stop_after_four_steps_and_resume(150)   # of 600 images 200 are left
     assert "1 images/s, 550 s" in lines[0] and "1 images/s, 600 s" in lines[1]
 
 
@@ -295,8 +293,9 @@ def not_a_number(state):
 
 def one_bit_flipped(data):
     weights = max(zipfile.ZipFile(io.BytesIO(data)).infolist(), key=lambda file: file.file_size)
-    return bytes(byte ^ (i == weights.header_offset + weights.file_size // 2)
-                 for i, byte in enumerate(data))
+    data = bytearray(data)
+    data[weights.header_offset + weights.file_size // 2] ^= 1
+    return bytes(data)
 
 
 DAMAGES = {     # what becomes of a checkpoint's bytes

@@ -368,7 +368,7 @@ def main():
     seconds = time.perf_counter() - start
     print(f"{args.checkpoint}: {args.samples} samples a class, drawn in {seconds:.1f} s")
     print_table(evaluate(images, labels, args.classifier_seed), floor)
-    if args.picture:
+    if picture:
         save_picture(images, picture)
 
 

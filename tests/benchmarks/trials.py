@@ -108,7 +108,7 @@ class Trial:
             self.adamw.step()
             rate = factor * script_unet.MUON_LEARNING_RATE
             for kernels, matrices, momentum in self.muon:
-                grad = torch.stack([k.grad.permute(0, 2, 3, 1).flatten(1) for k in kernels])
+                grad = torch.stack([k.grad.movedim(1, 3).flatten(1) for k in kernels])
                 momentum.lerp_(grad, 1 - self.momentum)
                 update = newton_schulz(grad.lerp(momentum, self.momentum), self.dtype,
                                        **self.orthogonal)
@@ -196,25 +196,25 @@ def main():
     for path in (Path(f"trial_seed{seed}_last.pt") for seed in args.seeds):
         if path.exists():
             sys.exit(f"{path.absolute()} is of an earlier run: move it away")
-        script_unet.atomic_write(path, b"")     # now: the folder may not be writable
-        path.unlink()
     device = script_unet.pick_device()
     images, labels = (part.to(device) for part in script_unet.load_fashion_mnist("train"))
     if 3 * script_unet.BATCH_SIZE > len(images):    # record() tries three steps
         sys.exit(f"BATCH_SIZE must be at most {len(images) // 3}, got {script_unet.BATCH_SIZE}")
     heldout = [part.to(device) for part in script_unet.load_fashion_mnist("test")]
     trials = [Trial(seed, images, labels) for seed in args.seeds]
-    train(trials)
     diverged = False
-    for trial in trials:
-        loss = script_unet.heldout_loss(trial.trainer.average, *heldout)["loss"]
-        script_unet.CHECKPOINT_PREFIX = f"trial_seed{trial.seed}"
-        try:
-            trial.trainer.save("last")
-            print(f"seed {trial.seed}: held out {loss:.5f}, {script_unet.checkpoint_path('last')}")
-        except script_unet.UserError as error:      # one that diverged does not lose the others
-            print(f"seed {trial.seed}: {error}")
-            diverged = True
+    with script_unet.hold_folder():     # which may not be writable, or be another run's
+        train(trials)
+        for trial in trials:
+            loss = script_unet.heldout_loss(trial.trainer.average, *heldout)["loss"]
+            script_unet.CHECKPOINT_PREFIX = f"trial_seed{trial.seed}"
+            path = script_unet.checkpoint_path("last")
+            try:
+                trial.trainer.save("last")
+                print(f"seed {trial.seed}: held out {loss:.5f}, {path}")
+            except script_unet.UserError as error:  # one that diverged does not lose the others
+                print(f"seed {trial.seed}: {error}")
+                diverged = True
     if diverged:
         sys.exit(1)
 
