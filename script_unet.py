@@ -1,8 +1,7 @@
 """Train a class-conditional denoising diffusion model on Fashion-MNIST, in one file.
 
 Edit the constants, run `python script_unet.py`, open the PNGs: 2.3 h on two Xeon cores, 11 min
-with EPOCHS = 14. What these 14 draw, mean of 2 runs (and real images): class accuracy .94 (.94),
-precision .89 (.89), recall .85 (.88), Frechet distance .08 (.03); see README.md.
+with EPOCHS = 14, whose clothes a classifier recognises as often as real ones (.94): README.md.
 
 An image is mixed with ever more noise in T steps; a network learns to tell them apart; sampling
 walks back from pure noise. x_start: a clean image, float (B, 1, H, W) in [-1, 1]; t (B,): the index
@@ -30,6 +29,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -473,8 +473,7 @@ def heldout_loss(model, images, labels, batch_size=500):
 def atomic_write(path, data):
     """Write bytes beside path, flush them, rename them over path: nobody ever meets half a file.
     Raises UserError when it cannot be written. Of several processes, the first writes."""
-    if RANK:
-        return
+    if RANK: return
     beside = (path := Path(path)).with_name(f".{path.name}.writing")
     try:
         with open(beside, "wb") as file:
@@ -534,11 +533,13 @@ def draw_losses(history):
     panels, epochs = figure.subplots(1, 2), [row["epoch"] for row in history]
     for kind, style in (("train", ".--"), ("heldout", ".-")):
         for i, level in enumerate(("loss", *NOISE_LEVELS)):
-            losses = [row[f"{kind}_{level}"] for row in history]
-            panels[min(i, 1)].plot(epochs, losses, style, color=f"C{i}", label=f"{kind} {level}")
+            y, fmt = [row[f"{kind}_{level}"] for row in history], f"C{i}{style}"
+            panels[min(i, 1)].plot(epochs, y, fmt, label=f"{kind} {level}: {y[-1]:.4f}")
     for axes, title in zip(panels, ("All steps", "By noise level (early steps: little noise)")):
         axes.set(title=title, xlabel="epoch", ylabel="loss", yscale="log")
-        axes.grid(alpha=0.3, which="both")
+        axes.xaxis.set(major_locator=MaxNLocator(integer=True, min_n_ticks=1))
+        axes.yaxis.set(major_locator=MaxNLocator(12), major_formatter="{x:.3g}", minor_formatter="")
+        axes.grid(alpha=0.3)
         axes.legend()
     save_figure(figure, "training_loss.png")
 
@@ -642,8 +643,7 @@ class Trainer:
         self.guide = copy.deepcopy(self.average)
         self.average.guide = (self.guide,)
         if WORLD_SIZE > 1:  # gradients are averaged over all processes, on GPUs statistics as well
-            if device.type == "cuda":
-                nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            if device.type == "cuda": nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
             self.network = nn.parallel.DistributedDataParallel(self.model)
             self.network.abar = self.model.abar  # for diffusion_loss
         self.kernels = [p for p in self.model.parameters() if p.ndim == 4 and min(p.shape[:2]) > 15]

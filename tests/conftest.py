@@ -14,6 +14,8 @@ sys.path.insert(0, str(ROOT))
 
 import script_unet  # noqa: E402
 
+torch.set_num_threads(1)    # models this small are no slower, and two processes test at once
+
 # A model that trains in milliseconds, with two resolutions and both optimizers at work
 TINY = {"IMG_SIZE": 28, "PATCH_SIZE": 4, "CHANNELS": (16, 32), "BLOCKS": (1, 1),
         "EMBEDDING_DIM": 32, "ATTENTION_HEAD_DIM": 16, "NUM_DIFFUSION_STEPS": 20,

@@ -1163,12 +1163,37 @@ def test_loss_picture_draws_both_losses_by_noise_level_from_the_first_epoch(tiny
          for level in ("loss", "early", "middle", "late")), start=1)}
     draw_losses([{"epoch": 1, **row}])
     lines = [line for axes in figures[0].axes for line in axes.lines]
-    drawn = {line.get_label().replace(" ", "_"): line.get_ydata()[0] for line in lines}
-    assert drawn == pytest.approx(row)
+    named = {line.get_label().split(":")[0].replace(" ", "_"): line for line in lines}
+    assert {name: line.get_ydata()[0] for name, line in named.items()} == pytest.approx(row)
     for line in lines:
         assert (line.get_linestyle() == "--") == line.get_label().startswith("train")
     assert all(axes.get_yscale() == "log" for axes in figures[0].axes)
     assert Path("training_loss.png").exists()
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 150])
+def test_loss_picture_can_be_read_off_it_has_decimals_whole_epochs_and_the_last_losses(
+        tiny, monkeypatch, epochs):
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (
+        figures.append(figure), save(figure, *args, **options)))
+    draw_losses([{"epoch": epoch, **{
+        f"{kind}_{level}": factor * (0.12 + 0.2 / epoch**2)
+        for kind, factor in (("train", 1), ("heldout", 0.9))
+        for level in ("loss", "early", "middle", "late")}} for epoch in range(1, epochs + 1)])
+    for axes in figures[0].axes:
+        for axis, (least, most) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            labels = {tick: label.get_text() for tick, label in
+                      zip(axis.get_majorticklocs(), axis.get_majorticklabels())
+                      if least <= tick <= most}
+            assert all(float(text) == pytest.approx(tick) for tick, text in labels.items())
+            if axis is axes.xaxis:
+                assert labels and all(tick == int(tick) for tick in labels)
+            else:
+                assert 5 <= len(labels) <= 13
+                assert not any(label.get_text() for label in axis.get_minorticklabels())
+        for line in axes.lines:
+            assert line.get_label().endswith(f": {line.get_ydata()[-1]:.4f}")
 
 
 def test_gif_ends_with_the_first_final_image_of_each_class(tiny, monkeypatch):

@@ -94,8 +94,7 @@ def note_memory():
 
 if __name__ == "__main__":
     torch.backends.mps.is_available = functools.cache(lambda: False)
-    torch.set_num_threads(1)    # so small a model is faster so
-    gc.freeze()                 # and so is the collection at the end of each epoch
+    gc.freeze()     # the collection at the end of each epoch is faster so
     vars(script_unet).update(TINY)
     for line in sys.argv[1:]:
         exec(line, globals(), vars(script_unet))
