@@ -32,14 +32,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 # ---- Constants, read when main() runs: a notebook may set script_unet.EPOCHS = 2 first ---------
 # Training
 EPOCHS = 150                # passes over the training images; after 12, patterns are still vague
 BATCH_SIZE = 256            # images per optimizer step; a CPU is 15% faster with 256 than with 128
 LEARNING_RATE = 2.8e-3      # AdamW's, times min(1, sqrt(20 / EPOCHS)) and (share of the run left)^2
-MUON_LEARNING_RATE = 0.028  # the same for Muon [9], which trains kernels of 16 or more channels
+MUON_LEARNING_RATE = 0.028  # the same for Muon [9], at Jordan's scale, for kernels of 16+ channels
 WARMUP_STEPS = 100          # learning rates rise over these steps, as statistics and moments settle
 WEIGHT_DECAY = 0.1          # each step shrinks all weights by this times the learning rate
 GRADIENT_CLIP = 1.0         # largest L2 norm of the whole gradient; a safeguard, hardly ever met
@@ -388,9 +388,9 @@ def guidance(model):
 @torch.no_grad()
 def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
            callback=lambda t, x_t: None, batch_size=500):
-    """Images (N, 1, H, W) in [-1, 1] of the labels (N,), on the model's device.
-    steps of the T, eta and seed default to the constants, the scale to guidance(). eta = 1 with T
-    steps is DDPM [1], eta = 0 a second-order solver and corrector [6], between: solver plus noise.
+    """Images (N, 1, H, W) in [-1, 1] of the labels (N,), by a model in eval mode, on its device.
+    steps of the T, eta and seed default to the constants, the scale (None, 0) to guidance(). eta 1
+    with T steps is DDPM [1], 0 a second-order solver and corrector [6], between: solver plus noise.
     Guidance: guide + scale (model - guide), [5] eq. 6 with w = scale - 1 and [10]'s weaker guide;
     both are clipped first: a difference between two overshoots would be grain in the background.
     The noise of image i depends on seed and i alone: N and batch_size change only rounding, 1e-4 in
@@ -520,7 +520,7 @@ def generate_visualizations(model, epoch, final=False):
                  "final_fashion_mnist_samples.png" if final else f"{stem}_samples.png")
     if final:
         buffer, (first, *rest) = io.BytesIO(), [Image.fromarray(mosaic(f, 5)) for f in frames]
-        times = [100] * len(rest) + [2000]                          # ms, the image held
+        times = [max(20, min(100, 5000 // len(rest)))] * len(rest) + [2000]     # ms, the image held
         first.save(buffer, "GIF", save_all=True, append_images=rest, loop=0, duration=times)
         return atomic_write("final_fashion_mnist_generation.gif", buffer.getvalue())
     shown = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
@@ -554,7 +554,7 @@ def read_checkpoint(path):
     """The checked state in a file, executing nothing. Raises UserError, naming a bad file."""
     try:
         state = torch.load(io.BytesIO(data := Path(path).read_bytes()), "cpu", weights_only=True)
-        state.setdefault("guide", state["average"])  # in an old file, which FORMAT refuses
+        state.setdefault("guide", state["average"])  # an old file: refused as such
         [state[name].keys() for name in ("constants", *TRAINED)], state["progress"]["step"] + 0
         if zipfile.ZipFile(io.BytesIO(data)).testzip() or not all(  # torch.load checks no sums
                 v.isfinite().all() for part in TRAINED[:3] for v in state[part].values()):
@@ -597,7 +597,7 @@ def newest_checkpoint(constants):
                  for name in {**constants, **theirs} if theirs.get(name) != constants.get(name)]
     if differing:
         raise UserError(f"{newest[1]} has another model: {'; '.join(differing)}. Set these back "
-                        "to go on with it, or set RESUME = False to set it aside")
+                        "(FORMAT: take the script of then), or set RESUME = False to set it aside")
     return newest[1:]
 
 # ---- Training ----------------------------------------------------------------------------------
@@ -891,7 +891,7 @@ def main():
             run(stop)
         except RuntimeError as error:
             raise UserError(f"process {RANK} of {WORLD_SIZE} failed or lost another ({error}). Run "
-                            "the same command again to go on from the last epoch") from error
+                            "the same command again to go on, one process to see why") from error
 
 if __name__ == "__main__":
     try:

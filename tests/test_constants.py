@@ -162,12 +162,13 @@ def test_batch_above_the_data_is_refused(tiny, monkeypatch):
         main()
 
 
-def test_batch_of_one_image_a_process_which_cannot_be_normalised_is_refused(tiny, monkeypatch):
+@pytest.mark.parametrize("size", [2, 33])    # an image a process cannot be normalised; not even
+def test_batch_that_does_not_suit_the_processes_is_refused(tiny, monkeypatch, size):
     monkeypatch.setattr(tiny, "WORLD_SIZE", 2)
     for name in ("init_process_group", "broadcast_object_list", "destroy_process_group"):
         monkeypatch.setattr(tiny.dist, name, lambda *_args: None)
-    monkeypatch.setattr(tiny, "BATCH_SIZE", 2)
-    with pytest.raises(UserError, match="BATCH_SIZE must be .* 2 processes, got 2"):
+    monkeypatch.setattr(tiny, "BATCH_SIZE", size)
+    with pytest.raises(UserError, match=f"BATCH_SIZE must be .* 2 processes, got {size}"):
         main()
 
 

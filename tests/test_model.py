@@ -275,6 +275,18 @@ def test_dropout_of_the_model_is_that_of_each_residual_block(tiny, dropout):
     assert shares == [dropout] * blocks and blocks == 4     # down, down, middle, up
 
 
+def test_model_is_the_u_net_of_its_parts(tiny):
+    model = awake(FashionMNISTUNetDenoiser({"CHANNELS": (16, 32, 48), "BLOCKS": (1, 1, 1)}))
+    x_t, t, labels = torch.randn(3, 1, 28, 28), torch.tensor([0, 7, 19]), torch.tensor([3, 9, 10])
+    act = nn.functional.hardswish
+    emb = act(model.time_mlp(time_embedding(t / 20)) + model.class_embedding(labels))
+    fine = model.downs[0](x_t, emb)
+    medium = model.downs[1](fine, emb)
+    coarse = model.middle(model.attention(model.downs[2](medium, emb)), emb)
+    x = model.ups[1](model.ups[0](coarse, medium, emb), fine, emb)
+    torch.testing.assert_close(model(x_t, t, labels), model.to_pixels(act(model.norm(x)), (28, 28)))
+
+
 def test_default_model_uses_every_block():
     model, used = FashionMNISTUNetDenoiser().eval(), set()
     for module in model.modules():

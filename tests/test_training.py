@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import weakref
 import zipfile
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, Predictor, awake, set_tiny
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageSequence
 from torchvision.datasets import FashionMNIST
 
 import script_unet
@@ -36,12 +37,14 @@ RUN = {"EPOCHS": EPOCHS, "CHECKPOINT_EVERY": 2}
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """(folder, printed text) of one whole run of main(), with all its pictures."""
-    folder, text = tmp_path_factory.mktemp("undisturbed"), io.StringIO()
+    """(folder, printed text, paths renamed to) of one whole run of main(), with its pictures."""
+    folder, text, renamed = tmp_path_factory.mktemp("undisturbed"), io.StringIO(), set()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(text):
         set_tiny(patch, folder, **RUN)
+        patch.setattr(os, "replace", lambda source, path, replace=os.replace: (
+            renamed.add(str(path)), replace(source, path)))
         main()
-    return folder, text.getvalue()
+    return folder, text.getvalue(), renamed
 
 
 @pytest.fixture
@@ -102,6 +105,16 @@ def test_run_writes_exactly_its_outputs(undisturbed):
         "final_fashion_mnist_samples.png", "final_fashion_mnist_generation.gif",
         *(f"epoch_visualizations/epoch_{epoch}_{kind}.png"
           for epoch in (1, 2, 3) for kind in ("generation", "samples"))}
+    assert names == undisturbed[2]      # each was written beside its place, then renamed
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git repository")
+def test_git_ignores_whatever_a_run_writes(undisturbed):
+    names = sorted(path.relative_to(undisturbed[0]).as_posix()
+                   for path in undisturbed[0].rglob("*") if path.is_file())
+    ignored = subprocess.run(["git", "check-ignore", "--no-index", *names, "some.pt.1"],
+                             cwd=ROOT, capture_output=True, text=True).stdout
+    assert ignored.split() == [*names, "some.pt.1"]
 
 
 def test_every_png_is_readable_and_under_one_megabyte(undisturbed):
@@ -115,6 +128,7 @@ def test_every_png_is_readable_and_under_one_megabyte(undisturbed):
 def test_gif_shows_every_step_and_loops(undisturbed):
     with Image.open(undisturbed[0] / "final_fashion_mnist_generation.gif") as gif:
         assert gif.n_frames == TINY["SAMPLING_STEPS"] + 1 and gif.info["loop"] == 0
+        assert gif.info["duration"] == 100      # ms
 
 
 def test_log_has_a_row_an_epoch_of_falling_losses(undisturbed):
@@ -126,6 +140,21 @@ def test_log_has_a_row_an_epoch_of_falling_losses(undisturbed):
     assert set(rows[0]) == {"epoch", "step", *names}
     for name in names:
         assert 0 < float(rows[-1][name]) < float(rows[0][name])
+
+
+def test_logged_training_loss_is_the_mean_of_the_epochs_own_steps(run, monkeypatch):
+    seen, loss = [], script_unet.diffusion_loss
+
+    def watched(*args):
+        losses = loss(*args)
+        if torch.is_grad_enabled():
+            seen.append(losses.mean().item())
+        return losses
+
+    monkeypatch.setattr(script_unet, "diffusion_loss", watched)
+    run()
+    logged = [float(row["train_loss"]) for row in csv.DictReader(open("training_log.csv"))]
+    assert logged == pytest.approx(np.reshape(seen, (EPOCHS, STEPS)).mean(1).tolist(), rel=1e-5)
 
 
 def test_checkpoints_hold_averaged_weights_of_the_logged_heldout_loss(undisturbed):
@@ -151,7 +180,7 @@ def test_every_checkpoint_loads_and_samples(undisturbed, what):
 
 
 def test_run_says_what_it_will_do_and_one_line_an_epoch(undisturbed):
-    _, text = undisturbed
+    text = undisturbed[1]
     model = FashionMNISTUNetDenoiser({name: TINY[name] for name in TINY if name.isupper()})
     parameters = sum(p.numel() for p in model.parameters())
     for part in ("device     cpu (", "fp32", f"{torch.get_num_threads()} threads",
@@ -167,8 +196,8 @@ def test_run_says_what_it_will_do_and_one_line_an_epoch(undisturbed):
 
 # Going on
 
-@pytest.mark.parametrize("step", [2, STEPS, STEPS + 3])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step, number", [
+    (2, signal.SIGINT), (STEPS, signal.SIGTERM), (STEPS + 3, signal.SIGINT)])
 def test_stopped_run_says_so_and_goes_on_bit_for_bit(
         run, undisturbed, monkeypatch, capsys, step, number):
     with monkeypatch.context() as patch:
@@ -177,7 +206,10 @@ def test_stopped_run_says_so_and_goes_on_bit_for_bit(
             run()
     assert stopped.value.code == 128 + number
     assert f"stopped by {number.name}" in capsys.readouterr().out
-    assert read_checkpoint(checkpoint("last"))["progress"]["step"] == step
+    state = read_checkpoint(checkpoint("last"))
+    assert state["progress"]["step"] == step
+    assert state["average"]["epochs"] == (step - 1) // STEPS + 1    # ready for sample()
+    assert state["average"]["norm.running_mean"].any()
     run()
     epochs, images = (step - 1) // STEPS, ((step - 1) % STEPS + 1) * TINY["BATCH_SIZE"]
     said = capsys.readouterr().out
@@ -316,7 +348,21 @@ def saved(state):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", list(DAMAGES)[1:])
+def test_damaged_checkpoint_is_set_aside_and_the_newest_whole_one_found(
+        tiny, undisturbed, capsys, damage):
+    last = checkpoint("last")
+    for what in ("last", "epoch_2"):
+        checkpoint(what).write_bytes(checkpoint(what, undisturbed[0]).read_bytes())
+    last.write_bytes(damaged := DAMAGES[damage](last.read_bytes()))
+    path, state = newest_checkpoint(script_unet.model_constants())
+    assert path == checkpoint("epoch_2") and state["progress"]["epoch"] == 2
+    assert f"{last}.1" in capsys.readouterr().out
+    assert Path(f"{last}.1").read_bytes() == damaged and not last.exists()
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("damage", ["none", "truncated"])
 def test_crashed_run_goes_on_from_its_newest_whole_checkpoint(
         run, undisturbed, monkeypatch, capsys, damage):
     with monkeypatch.context() as patch:
@@ -334,7 +380,6 @@ def test_crashed_run_goes_on_from_its_newest_whole_checkpoint(
     assert_as_undisturbed(undisturbed)
     kept = Path(f"{last}.1")
     assert kept.exists() == (str(kept) in said) == (damage != "none")
-    assert not Path("executed").exists()
 
 
 @pytest.mark.parametrize("steps", list(itertools.permutations((6, 12, 18))))
@@ -570,8 +615,9 @@ def nan_gradient(losses):
     return losses
 
 
-@pytest.mark.parametrize("step", [STEPS + 2, 2 * STEPS])
-@pytest.mark.parametrize("spoil", [nan_loss, huge_loss, nan_gradient])
+@pytest.mark.parametrize("spoil, step", [
+    (nan_loss, STEPS + 2), (huge_loss, STEPS + 2), (nan_gradient, STEPS + 2),
+    (nan_gradient, 2 * STEPS)])     # whose losses are all good
 def test_divergence_stops_the_run_before_anything_good_is_overwritten(
         run, undisturbed, monkeypatch, spoil, step):
     with monkeypatch.context() as patch:
@@ -583,6 +629,14 @@ def test_divergence_stops_the_run_before_anything_good_is_overwritten(
     assert len(list(Path().glob("*.pt"))) == 2      # and the best, both of epoch 1
     run()
     assert_as_undisturbed(undisturbed)
+
+
+def test_divergence_is_noticed_within_the_epoch(run, monkeypatch):
+    monkeypatch.setattr(script_unet, "BATCH_SIZE", 20)      # 30 steps an epoch
+    diverge_at(monkeypatch, 3, nan_loss)
+    before_step(monkeypatch, 21, fail)
+    with pytest.raises(UserError, match="diverged"):
+        run()
 
 
 @pytest.mark.parametrize("spoil", [huge_loss, nan_gradient])
@@ -685,14 +739,15 @@ def test_best_is_the_lowest_heldout_loss_of_the_averaged_weights_which_are_drawn
     assert not same(best["average"], best["model"])
 
 
-@pytest.mark.parametrize("epochs, sources", [
-    (6, (0, 1, 1, 1, 1, 1)), (14, (0, 1, 2, *[2] * 11))])
+@pytest.mark.parametrize("epochs, sources", [(6, (0, 1, 1, 1)), (14, (0, 1, 2, 2))])
 def test_guide_is_the_average_for_three_epochs_or_a_quarter_and_then_stays_behind(
         run, monkeypatch, epochs, sources):
     for name, value in (("EPOCHS", epochs), ("CHECKPOINT_EVERY", 1)):
         monkeypatch.setattr(script_unet, name, value)
-    run()
-    states = [read_checkpoint(checkpoint(f"epoch_{epoch + 1}")) for epoch in range(epochs)]
+    before_step(monkeypatch, len(sources) * STEPS + 1, fail)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run()
+    states = [read_checkpoint(checkpoint(f"epoch_{n + 1}")) for n in range(len(sources))]
     for state, source in zip(states, sources):
         guide, average = dict(state["guide"]), dict(states[source]["average"])
         classes, any_class = average.pop(embedding := "class_embedding.weight").split([10, 1])
@@ -700,6 +755,15 @@ def test_guide_is_the_average_for_three_epochs_or_a_quarter_and_then_stays_behin
         assert same(guide, average) and same(null, any_class)
         torch.testing.assert_close(seen, 0.8 * classes + 0.2 * any_class)
     assert not same(states[1]["guide"], states[0]["guide"])
+
+
+def test_pictures_of_a_run_are_guided(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "GUIDANCE_SCALE", 2.0)
+    monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 2)
+    trainer, asked = Trainer(CPU), []
+    trainer.guide.register_forward_hook(lambda *_: asked.append(1))
+    generate_visualizations(trainer.average, 1)
+    assert len(asked) == TINY["SAMPLING_STEPS"]
 
 
 def test_loaded_denoiser_is_guided_by_the_checkpoints_guide(undisturbed):
@@ -722,6 +786,14 @@ def test_checkpoint_of_a_version_without_a_guide_samples_and_resumes(run, monkey
     monkeypatch.setattr(script_unet, "EPOCHS", 2)
     run()
     assert read_checkpoint(checkpoint("last"))["progress"]["epoch"] == 2
+
+
+def test_samples_and_heldout_loss_take_500_images_at_a_time_without_gradients(tiny):
+    model, sizes = FashionMNISTUNetDenoiser().eval(), []
+    model.register_forward_hook(lambda _model, _args, v: sizes.append((len(v), v.requires_grad)))
+    sample(model, [0] * 501, steps=1)
+    heldout_loss(model, torch.zeros(501, 1, 28, 28).byte(), torch.zeros(501).long())
+    assert sizes == [(500, False), (1, False)] * 2
 
 
 def test_heldout_loss_is_fixed_and_by_noise_level(tiny):
@@ -1194,6 +1266,17 @@ def test_loss_picture_can_be_read_off_it_has_decimals_whole_epochs_and_the_last_
                 assert not any(label.get_text() for label in axis.get_minorticklabels())
         for line in axes.lines:
             assert line.get_label().endswith(f": {line.get_ydata()[-1]:.4f}")
+
+
+@pytest.mark.parametrize("steps, seconds", [(22, 4.2), (100, 7), (250, 7)])
+def test_gif_of_many_steps_stays_short(tiny, monkeypatch, steps, seconds):
+    for name, value in (("NUM_DIFFUSION_STEPS", steps), ("SAMPLING_STEPS", steps),
+                        ("PICTURE_COLUMNS", 2)):
+        monkeypatch.setattr(tiny, name, value)
+    generate_visualizations(FashionMNISTUNetDenoiser(), 7, final=True)
+    with Image.open("final_fashion_mnist_generation.gif") as gif:
+        assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(gif)) == (
+            pytest.approx(1000 * seconds))
 
 
 def test_gif_ends_with_the_first_final_image_of_each_class(tiny, monkeypatch):
