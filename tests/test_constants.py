@@ -264,3 +264,8 @@ def test_each_function_and_class_uses_only_what_stands_above_it():
     late = [(definition.get_name(), name) for definition in definitions
             for name in uses(definition) if home.get(name, 0) > definition.get_lineno()]
     assert len(definitions) > 60 and "q_sample" in home and not late
+
+
+def test_links_of_the_readme_lead_to_files():
+    links = re.findall(r"\]\(([^):]+)\)", (ROOT / "README.md").read_text())
+    assert len(links) > 4 and all((ROOT / link).exists() for link in links)

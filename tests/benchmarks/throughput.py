@@ -109,7 +109,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=5, help="of each turn, default 5")
-    parser.add_argument("--peers", nargs="*", choices=peers.PEERS, default=list(peers.PEERS))
+    parser.add_argument("--peers", nargs="*", choices=peers.PEERS, default=list(peers.PEERS),
+                        help="default all; without names, ours alone")
     parser.add_argument("--peer-batch-size", type=int, default=128)
     parser.add_argument("--keep-freed-memory", action="store_true", help="in the peers as well")
     args = parser.parse_args()
