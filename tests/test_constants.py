@@ -162,7 +162,7 @@ def test_batch_above_the_data_is_refused(tiny, monkeypatch):
         main()
 
 
-@pytest.mark.parametrize("size", [2, 33])    # an image a process cannot be normalised; not even
+@pytest.mark.parametrize("size", [2, 33])    # one image a process has no statistics; 33 is odd
 def test_batch_that_does_not_suit_the_processes_is_refused(tiny, monkeypatch, size):
     monkeypatch.setattr(tiny, "WORLD_SIZE", 2)
     for name in ("init_process_group", "broadcast_object_list", "destroy_process_group"):

@@ -1174,15 +1174,18 @@ def test_picture_has_a_row_a_class_and_columns_in_order_on_a_fixed_gray_scale(
         assert np.diff(along[0]).min() > 20 and np.ptp(np.diff(along[0])) <= 4
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, as matplotlib's own, in a list that grows."""
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (
+        saved.append(figure), save(figure, *args, **options)))
+    return saved
+
+
 @pytest.mark.parametrize("scale, epochs, shown", [(2.5, 20, "2.5"), (0.0, 50, "1.65")])
-def test_pictures_name_classes_steps_epoch_and_guidance(tiny, monkeypatch, scale, epochs, shown):
-    figures, save = [], Figure.savefig
-
-    def watched(figure, *args, **options):
-        figures.append(figure)
-        return save(figure, *args, **options)
-
-    monkeypatch.setattr(Figure, "savefig", watched)
+def test_pictures_name_classes_steps_epoch_and_guidance(
+        tiny, monkeypatch, figures, scale, epochs, shown):
     monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 3)
     monkeypatch.setattr(tiny, "GUIDANCE_SCALE", scale)
     model = FashionMNISTUNetDenoiser()
@@ -1226,10 +1229,7 @@ def test_pictures_of_all_epochs_start_from_the_same_noise_in_one_batch(tiny, mon
     assert sizes == [3 * 10] * (2 * TINY["SAMPLING_STEPS"])
 
 
-def test_loss_picture_draws_both_losses_by_noise_level_from_the_first_epoch(tiny, monkeypatch):
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (
-        figures.append(figure), save(figure, *args, **options)))
+def test_loss_picture_draws_both_losses_by_noise_level_from_the_first_epoch(tiny, figures):
     row = {f"{kind}_{level}": 0.1 * number for number, (kind, level) in enumerate(
         ((kind, level) for kind in ("train", "heldout")
          for level in ("loss", "early", "middle", "late")), start=1)}
@@ -1245,10 +1245,7 @@ def test_loss_picture_draws_both_losses_by_noise_level_from_the_first_epoch(tiny
 
 @pytest.mark.parametrize("epochs", [1, 3, 150])
 def test_loss_picture_can_be_read_off_it_has_decimals_whole_epochs_and_the_last_losses(
-        tiny, monkeypatch, epochs):
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (
-        figures.append(figure), save(figure, *args, **options)))
+        tiny, figures, epochs):
     draw_losses([{"epoch": epoch, **{
         f"{kind}_{level}": factor * (0.12 + 0.2 / epoch**2)
         for kind, factor in (("train", 1), ("heldout", 0.9))
