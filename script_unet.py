@@ -65,6 +65,7 @@ BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled b
 # Sampling
 SAMPLING_STEPS = 22         # of the T steps; more are slower and hardly better
 SAMPLING_ETA = 0.0          # noise added at each step: 0: none [6]; 1: all of DDPM's [1, 3]
+SAMPLING_GRAIN = 1.0        # gray levels of noise that are left on clothes, as cloth has grain
 GUIDANCE_SCALE = 0.0        # 0: 2.8 to 1.4, by epochs; 1: off; more: clearer and less varied [10]
 # Machine and output, in the working directory
 PRECISION = "auto"          # "auto": bf16 where the hardware computes in it; or "bf16", "fp32"
@@ -127,8 +128,7 @@ def find_data():
     raw, tried = Path(DATA_DIR, "FashionMNIST", "raw"), []
     for folder in (raw, Path(SYSTEM_DATA_DIR)):
         missing = [name for name in sum(DATA_FILES.values(), ()) if not (folder / name).is_file()]
-        if not missing:
-            return folder
+        if not missing: return folder
         tried.append(f"{folder} (without {missing[0]})")
     try:  # Downloaded aside, moved when whole: a broken download leaves nothing to be trusted
         from torchvision.datasets import FashionMNIST  # here, as its import takes a second
@@ -390,15 +390,17 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
            callback=lambda t, x_t: None, batch_size=500):
     """Images (N, 1, H, W) in [-1, 1] of the labels (N,), by a model in eval mode, on its device.
     steps of the T, eta and seed default to the constants, the scale (None, 0) to guidance(). eta 1
-    with T steps is DDPM [1], 0 a second-order solver and corrector [6], between: solver plus noise.
+    with T steps is DDPM [1], 0 a second-order solver and corrector [6], between: solver plus noise;
+    but all end with SAMPLING_GRAIN's noise where it is not black, as predictions are too smooth.
     Guidance: guide + scale (model - guide), [5] eq. 6 with w = scale - 1 and [10]'s weaker guide;
     both are clipped first: a difference between two overshoots would be grain in the background.
     The noise of image i depends on seed and i alone: N and batch_size change only rounding, 1e-4 in
     fp32. callback(t, x_t) sees all images before each step t and, with t = -1, the result."""
     steps, eta = SAMPLING_STEPS if steps is None else steps, SAMPLING_ETA if eta is None else eta
     seed = SEED if seed is None else seed
-    abar, size, T = model.abar.tolist() + [1.0], model.constants["IMG_SIZE"], len(model.abar)
-    lam = [math.log(a / (1 - a)) / 2 for a in abar[:T] + abar[:1]]  # [6]'s lambda; [-1]: as t = 0
+    abar, size, T = model.abar.tolist(), model.constants["IMG_SIZE"], len(model.abar)
+    lam = [math.log(a / (1 - a)) / 2 for a in abar + abar[:1]]      # [6]'s lambda; [-1]: as t = 0
+    abar.append(max(abar[0], 1 - (SAMPLING_GRAIN / 127.5) ** 2))    # [-1]: the image's
     labels = torch.as_tensor(labels, device=model.abar.device)
     streams = [generator("sample", int(seed), i) for i in range(len(labels))]
     def fresh_noise():  # one stream per image, on the CPU: the same on all machines, in any batch
@@ -411,7 +413,7 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     u = np.linspace(1, 0, min(steps, T))                    # t / (T - 1), from noise to image
     u += (1 - len(u) / T) * u * (1 - u) * (2 * u - 1)       # denser at both ends, unless all T
     visited = (u * (T - 1)).round().astype(int).tolist()
-    for t, t_next in zip(visited, [*visited[1:], -1]):              # abar[-1] is 1: the image
+    for t, t_next in zip(visited, [*visited[1:], -1]):              # -1: the image
         callback(t, x_t)
         x_start = predict(model)
         if scale != 1:
@@ -425,6 +427,7 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
         s, x_s, start_s = t, x_t, x_start                           # kept for the next step
         x_t, std = posterior(estimate, x_t, abar[t], abar[t_next], eta)
         x_t = x_t + std * fresh_noise() if std > 0 else x_t
+    x_t = torch.where(to_uint8(x_start) > 0, x_t, x_start).clamp(-1, 1)     # black stays black
     callback(-1, x_t)
     return x_t
 
@@ -609,8 +612,7 @@ def keep_freed_memory():
 
 def over_processes(tensor, operation="SUM"):
     """The tensor's sum, or another of dist.ReduceOp, over the processes of this run."""
-    if WORLD_SIZE > 1:
-        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+    if WORLD_SIZE > 1: dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
     return tensor
 
 @functools.lru_cache(maxsize=1)
@@ -774,8 +776,9 @@ ALLOWED = {
     "ATTENTION_HEAD_DIM": (64, 1, 1e4), "NUM_DIFFUSION_STEPS": (100, 3, 1e4),
     "BETA_SCHEDULE": ("cosine", "linear"), "BETA_START": (1e-4, 1e-9, 1),
     "BETA_END": (0.02, 1e-9, 1), "SAMPLING_STEPS": (22, 1, 1e5), "SAMPLING_ETA": (0.0, 0, 1),
-    "GUIDANCE_SCALE": (0.0, 0, 100), "PRECISION": ("auto", "bf16", "fp32"),
-    "RESUME": (True, False), "CHECKPOINT_EVERY": (10, 1, 1e6), "PICTURE_COLUMNS": (10, 2, 100)}
+    "SAMPLING_GRAIN": (1.0, 0, 100), "GUIDANCE_SCALE": (0.0, 0, 100), "RESUME": (True, False),
+    "PRECISION": ("auto", "bf16", "fp32"), "CHECKPOINT_EVERY": (10, 1, 1e6),
+    "PICTURE_COLUMNS": (10, 2, 100)}
 def check_constants():
     """Raise UserError naming each constant that cannot work, what is allowed and what it is."""
     wrong = []
@@ -788,8 +791,7 @@ def check_constants():
             words = f"{'a tuple, each ' * (expected is tuple)}{words} from {'%g to %g' % limits}"
             fine = type(values) is tuple and all(
                 type(v) in (int, kind) and limits[0] <= v <= limits[1] for v in values)
-        if not fine:
-            wrong.append(f"{name} must be {words}, got {value!r}")
+        if not fine: wrong.append(f"{name} must be {words}, got {value!r}")
     if not wrong and not (len(BLOCKS) == len(CHANNELS) in (1, 2, 3, 4) and any(BLOCKS)):
         wrong.append(f"BLOCKS must be as many as CHANNELS, 1 to 4, and not all 0, got {BLOCKS!r}")
     elif not wrong and CHANNELS[-1] % ATTENTION_HEAD_DIM:
@@ -843,8 +845,7 @@ def report(model, folder, images, heldout, epochs_left):
 def run(stop):
     """Data, model, resume, training, final pictures."""
     found = [RANK == 0 and (find_data(), newest_checkpoint(model_constants()))]
-    if WORLD_SIZE > 1:
-        dist.broadcast_object_list(found)  # waits for the first process, which may download
+    if WORLD_SIZE > 1: dist.broadcast_object_list(found)    # waits for the first's download, if any
     device, folder, (path, state) = pick_device(), find_data(), found[0][1]
     images, labels = (part.to(device) for part in load_fashion_mnist("train", folder))
     heldout = [part.to(device) for part in load_fashion_mnist("test", folder)]
@@ -859,8 +860,7 @@ def run(stop):
             getattr(trainer, name).load_state_dict(state.pop(name))
         print(f"resuming   {path}: {now['epoch']} epochs and {now['position']} images of the next "
               "are done (RESUME = False starts anew)", flush=True)
-        if now["position"] == 0:
-            trainer.save_epoch()  # what a kill between two of these files left out
+        if now["position"] == 0: trainer.save_epoch()   # what a kill between two files left out
     train(trainer, images, labels, heldout, stop)
     generate_visualizations(trainer.average, now["epoch"], final=True)
     print(f"finished   {now['epoch']} epochs: see final_fashion_mnist_samples.png; best held-out "

@@ -17,6 +17,7 @@ KINDS = ("cosine", "linear")
 def exact(monkeypatch):
     monkeypatch.setattr(script_unet, "PRECISION", "fp32")
     monkeypatch.setattr(script_unet, "GUIDANCE_SCALE", 1.0)
+    monkeypatch.setattr(script_unet, "SAMPLING_GRAIN", 0)
 
 
 def oracle(scheduler, kind, steps, **options):
@@ -215,21 +216,26 @@ def frames_of(model, labels, **options):
 
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers' with numpy 2
+@pytest.mark.parametrize("grain", [0, 1.0, 2.5])
 @pytest.mark.parametrize("steps", [1, 2, 20, 100])
 @pytest.mark.parametrize("kind", KINDS)
-def test_deterministic_sampling_is_diffusers_second_order_solver_with_a_corrector(kind, steps):
-    labels = torch.arange(5)
+def test_deterministic_sampling_is_diffusers_second_order_solver_with_a_corrector(
+        kind, steps, grain, monkeypatch):
+    monkeypatch.setattr(script_unet, "SAMPLING_GRAIN", grain)
+    labels, last = torch.arange(5), (grain / 127.5) ** 2    # the variance of the noise that is left
     frames, _ = frames_of(Predictor(wavy, kind=kind), labels, steps=steps, eta=0.0)
     solver = oracle(UniPCMultistepScheduler, kind, 100, prediction_type="sample")
     solver.set_timesteps(len(frames) - 1)
     solver.timesteps = torch.tensor([t for t, _ in frames[:-1]])    # ours, not its own
     abar = solver.alphas_cumprod[solver.timesteps]
-    solver.sigmas = torch.cat([((1 - abar) / abar).sqrt(), torch.zeros(1)])
+    solver.sigmas = torch.cat([(1 - abar) / abar, torch.tensor([last / (1 - last)])]).sqrt()
     x_t = frames[0][1]
     for (t, _), (_, x_next) in zip(frames, frames[1:]):
         x_start = wavy(x_t, torch.full_like(labels, t), labels).clamp(-1, 1)
         x_t = solver.step(x_start, t, x_t).prev_sample
         solver.this_order = 1   # of its corrector: from x_start at the two ends of a step alone
+        if x_next is frames[-1][1]:     # the image
+            x_t = x_t.where(x_start > -1 + 1 / 255, x_start).clamp(-1, 1)
         close(x_next, x_t, 1e-3)
 
 
@@ -261,6 +267,30 @@ def test_overshooting_background_comes_out_exactly_black(eta):
     dark = Predictor(lambda x_t, t, labels: 0.01 * x_t - 1.2)
     images = sample(dark, [0, 1, 2], steps=10, eta=eta)
     assert (images == -1).all()
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("grain", [0, 0.5, 1.0, 3.0])
+def test_grain_is_noise_of_so_many_gray_levels_on_clothes_and_none_on_black(
+        monkeypatch, grain, eta):
+    monkeypatch.setattr(script_unet, "SAMPLING_GRAIN", grain)
+    clothes = torch.tensor([-1, -1 + 0.9 / 255, -1 + 9 / 127.5, 0, 0.5, 1]).repeat(10)[None, :60]
+    model = Predictor(lambda x_t, t, labels: clothes + 0 * x_t, size=60)
+    images = sample(model, [0] * 20, steps=10, eta=eta)
+    black, dark, gray = images[..., 0::6], images[..., 1::6], images[..., 3::6]
+    assert (black == -1).all() and (dark == -1 + 0.9 / 255).all()
+    assert 127.5 * gray.std().item() == pytest.approx(grain, rel=0.02, abs=1e-4)
+    assert 127.5 * gray.mean().abs() < 0.05
+    assert images.abs().max() <= 1
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_grain_is_never_more_than_the_noise_of_the_last_step(monkeypatch, kind, eta):
+    monkeypatch.setattr(script_unet, "SAMPLING_GRAIN", 100.0)
+    model = Predictor(lambda x_t, t, labels: 0 * x_t, kind=kind, size=64)
+    images = sample(model, [0] * 8, steps=10, eta=eta)
+    assert images.std().item() == pytest.approx((1 - model.abar[0]).sqrt().item(), rel=0.02)
 
 
 @pytest.fixture

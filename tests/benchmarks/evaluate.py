@@ -326,6 +326,7 @@ def main():
                         help="images of each class, default 200")
     parser.add_argument("--steps", type=int, help="default SAMPLING_STEPS")
     parser.add_argument("--eta", type=float, help="default SAMPLING_ETA")
+    parser.add_argument("--grain", type=float, help="default SAMPLING_GRAIN")
     parser.add_argument("--guidance", type=float, help="default, and for 0, script_unet.guidance()")
     parser.add_argument("--guide", metavar="CHECKPOINT",
                         help="whose averaged weights guide; default: the checkpoint's own guide")
@@ -344,7 +345,8 @@ def main():
     if picture and not (picture.parent.is_dir() and picture.suffix.lower() == ".png"):
         parser.error(f"--picture must be a .png in a folder that exists, got {picture}")
     for name, value in (("SAMPLING_STEPS", args.steps), ("SAMPLING_ETA", args.eta),
-                        ("GUIDANCE_SCALE", args.guidance), ("SEED", args.seed)):
+                        ("SAMPLING_GRAIN", args.grain), ("GUIDANCE_SCALE", args.guidance),
+                        ("SEED", args.seed)):
         if value is not None:
             setattr(script_unet, name, value)
     script_unet.check_constants()
