@@ -65,7 +65,7 @@ BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled b
 # Sampling
 SAMPLING_STEPS = 22         # of the T steps; more are slower and hardly better
 SAMPLING_ETA = 0.0          # noise added at each step: 0: none [6]; 1: all of DDPM's [1, 3]
-SAMPLING_GRAIN = 1.0        # gray levels of noise that are left on clothes, as cloth has grain
+SAMPLING_GRAIN = 1.0        # gray levels of noise left on clothes, as cloth has grain; 0: none
 GUIDANCE_SCALE = 0.0        # 0: 2.8 to 1.4, by epochs; 1: off; more: clearer and less varied [10]
 # Machine and output, in the working directory
 PRECISION = "auto"          # "auto": bf16 where the hardware computes in it; or "bf16", "fp32"
@@ -272,7 +272,7 @@ class SelfAttention(nn.Module):
 def noise_schedule(steps, kind, beta_start, beta_end):
     """betas (T,), float64. Raises UserError unless abar[T-1] is 1e-30 to 0.001, no beta < 2e-7.
     "cosine": [2] eq. 17 with s = 0.008 and betas up to 0.999. "linear": [1] section 4, scaled by
-    1000 / T, so that every T ends as the published T = 1000 does."""
+    1000 / T, so that every T ends in noise, as the published T = 1000 does."""
     if kind == "cosine":
         time = torch.arange(steps + 1, dtype=torch.float64) / steps
         f = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -353,7 +353,7 @@ def x_start_from_v(x_t, t, v, abar):
 
 def posterior(x_start, x_t, abar_t, abar_next, eta=1.0):
     """Mean (B, 1, H, W) and standard deviation of q(x_next | x_t, x_start), [3] eq. 7 and 16.
-    x_next has less noise; for the image, abar_next is 1. eta 1: DDPM's, [1] eq. 7; 0: no noise."""
+    x_next has less noise; without any, abar_next is 1. eta 1: DDPM's, [1] eq. 7; 0: no noise."""
     noise = (x_t - math.sqrt(abar_t) * x_start) / math.sqrt(1 - abar_t)
     std = eta * math.sqrt((1 - abar_next) / (1 - abar_t) * (1 - abar_t / abar_next))
     return math.sqrt(abar_next) * x_start + math.sqrt(max(0, 1 - abar_next - std**2)) * noise, std
@@ -391,7 +391,7 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     """Images (N, 1, H, W) in [-1, 1] of the labels (N,), by a model in eval mode, on its device.
     steps of the T, eta and seed default to the constants, the scale (None, 0) to guidance(). eta 1
     with T steps is DDPM [1], 0 a second-order solver and corrector [6], between: solver plus noise;
-    but all end with SAMPLING_GRAIN's noise where it is not black, as predictions are too smooth.
+    but SAMPLING_GRAIN's noise (at most t = 0's) stays on all but black: predictions are too smooth.
     Guidance: guide + scale (model - guide), [5] eq. 6 with w = scale - 1 and [10]'s weaker guide;
     both are clipped first: a difference between two overshoots would be grain in the background.
     The noise of image i depends on seed and i alone: N and batch_size change only rounding, 1e-4 in
@@ -427,7 +427,7 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
         s, x_s, start_s = t, x_t, x_start                           # kept for the next step
         x_t, std = posterior(estimate, x_t, abar[t], abar[t_next], eta)
         x_t = x_t + std * fresh_noise() if std > 0 else x_t
-    x_t = torch.where(to_uint8(x_start) > 0, x_t, x_start).clamp(-1, 1)     # black stays black
+    x_t = torch.lerp(x_start, x_t, (127.5 * x_start + 127).clamp(0, 1)).clamp(-1, 1)  # black: none
     callback(-1, x_t)
     return x_t
 
@@ -776,7 +776,7 @@ ALLOWED = {
     "ATTENTION_HEAD_DIM": (64, 1, 1e4), "NUM_DIFFUSION_STEPS": (100, 3, 1e4),
     "BETA_SCHEDULE": ("cosine", "linear"), "BETA_START": (1e-4, 1e-9, 1),
     "BETA_END": (0.02, 1e-9, 1), "SAMPLING_STEPS": (22, 1, 1e5), "SAMPLING_ETA": (0.0, 0, 1),
-    "SAMPLING_GRAIN": (1.0, 0, 100), "GUIDANCE_SCALE": (0.0, 0, 100), "RESUME": (True, False),
+    "SAMPLING_GRAIN": (1.0, 0, 10), "GUIDANCE_SCALE": (0.0, 0, 100), "RESUME": (True, False),
     "PRECISION": ("auto", "bf16", "fp32"), "CHECKPOINT_EVERY": (10, 1, 1e6),
     "PICTURE_COLUMNS": (10, 2, 100)}
 def check_constants():

@@ -1,5 +1,6 @@
 """tests/benchmarks/trials.py: its updates are those of Trainer.step."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -60,6 +61,24 @@ def test_a_trial_updates_as_the_trainer_does(tiny, pictures, monkeypatch, device
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     assert all((a - b).abs().max() > 0.003 for a, b in zip(first, trainer.model.parameters()))
     assert trial.trainer.average.epochs == 4 and trial.trainer.guide.epochs == 3
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_newton_schulz_is_torchs_in_either_precision(shape, dtype, error):
+    grads = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    updates = []
+    for grad in grads:
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        muon = torch.optim.Muon([weight], lr=1, weight_decay=0, momentum=0, nesterov=False)
+        weight.grad = grad
+        with script_unet.InFloat32() if dtype is torch.float32 else contextlib.nullcontext():
+            muon.step()
+        updates.append(-weight.detach() / max(1, shape[0] / shape[1]) ** 0.5)
+    options = {name: muon.defaults[name] for name in ("ns_coefficients", "ns_steps", "eps")}
+    ours = trials.newton_schulz(grads, dtype, **options)
+    torch.testing.assert_close(ours, torch.stack(updates), rtol=0, atol=error)
+    assert ours.abs().max() > 0.2
 
 
 def test_a_trial_draws_what_the_trainer_draws_from(tiny, pictures, device):

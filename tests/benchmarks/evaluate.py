@@ -324,9 +324,10 @@ def main():
     parser.add_argument("checkpoint")
     parser.add_argument("--samples", type=per_class, default=200, metavar="N",
                         help="images of each class, default 200")
-    parser.add_argument("--steps", type=int, help="default SAMPLING_STEPS")
+    parser.add_argument("--steps", type=int, help="at most T, default SAMPLING_STEPS")
     parser.add_argument("--eta", type=float, help="default SAMPLING_ETA")
-    parser.add_argument("--grain", type=float, help="default SAMPLING_GRAIN")
+    parser.add_argument("--grain", type=float, help="default SAMPLING_GRAIN; more than the last "
+                        "step's noise (3.2 at T = 100) is as much as that")
     parser.add_argument("--guidance", type=float, help="default, and for 0, script_unet.guidance()")
     parser.add_argument("--guide", metavar="CHECKPOINT",
                         help="whose averaged weights guide; default: the checkpoint's own guide")
@@ -358,8 +359,8 @@ def main():
         sys.exit(f"{args.checkpoint} draws {size} x {size} images; only 28 x 28 can be judged")
     script_unet.keep_freed_memory()
     if guide:
-        if not torch.equal(guide.abar, model.abar):
-            sys.exit(f"{args.guide} has another noise schedule than {args.checkpoint}")
+        if not torch.equal(guide.abar, model.abar) or guide.constants["IMG_SIZE"] != size:
+            sys.exit(f"{args.guide} has another noise schedule or size than {args.checkpoint}")
         classes = guide.class_embedding.weight
         classes[:-1].lerp_(classes[-1], 0.2 if args.guide_dropout is None else args.guide_dropout)
         model.guide = (guide,)

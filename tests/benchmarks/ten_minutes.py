@@ -16,6 +16,7 @@ added apart.
 import argparse
 import ast
 import contextlib
+import json
 import sys
 import time
 from pathlib import Path
@@ -99,7 +100,7 @@ def main():
     script_unet.SEED = args.seed
     try:
         for key, value in (constant.split("=", 1) for constant in args.constants):
-            if args.peer or key in ("SEED", "EPOCHS") or key not in vars(script_unet):
+            if args.peer or key in ("SEED", "EPOCHS", "RESUME") or key not in script_unet.ALLOWED:
                 parser.error(f"{key} is no constant that can be changed here")
             setattr(script_unet, key, ast.literal_eval(value))
         script_unet.check_constants()
@@ -148,6 +149,7 @@ def main():
     evaluate.save_picture(samples, folder / "samples.png")
     torch.save(samples, folder / "samples.pt")
     figures = evaluate.evaluate(samples, asked, args.classifier_seed)
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1))
     print(f"{name}: {len(samples):,} samples drawn in {seconds:.1f} s, see {folder}/samples.png")
     evaluate.print_table(figures, floor)
 

@@ -4,7 +4,8 @@
     python tests/benchmarks/evaluate.py trial_seed0_last.pt
 
 Each seed is a Trainer of script_unet.py, as it stands with your changes, and ends as a checkpoint
-for evaluate.py in the working directory; held-out losses are printed. script_unet.py by itself
+for evaluate.py, not to be resumed from, in the working directory, written after the last epoch;
+held-out losses are printed. script_unet.py by itself
 leaves a large GPU idle for nine tenths of a step, whose thousand small kernels a processor core
 cannot start any faster. Here the step is recorded once, as a CUDA graph, and replayed, so that the
 trainings share the GPU. The updates are those of Trainer.step (tests/test_trials.py), with an
@@ -13,6 +14,8 @@ Trial.step as well. Dropout's masks depend on the trials beside. Without a GPU i
 """
 
 import argparse
+import contextlib
+import functools
 import math
 import sys
 import time
@@ -126,11 +129,13 @@ class Trial:
         """Make replay() a step: on a GPU, of a graph in a stream of its own."""
         if self.device.type != "cuda":
             self.on.fill_(1)
-            self.stream, self.replay = None, lambda: (self.model.zero_grad(), self.step())
+            self.in_stream = contextlib.nullcontext
+            self.replay = lambda: (self.model.zero_grad(), self.step())
             return
         self.stream = torch.cuda.Stream()
+        self.in_stream = functools.partial(torch.cuda.stream, self.stream)
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        with self.in_stream():
             self.draw(0)
             for _ in range(3):  # as a graph needs, with rates of 0
                 self.model.zero_grad()
@@ -160,21 +165,21 @@ def train(trials):
     """Run all trials side by side, and tell of some of the epochs."""
     for trial in trials:
         trial.record()
-    start, epochs = time.perf_counter(), script_unet.EPOCHS
+    start, epochs, on_gpu = time.perf_counter(), script_unet.EPOCHS, trials[0].device.type == "cuda"
     for epoch in range(1, epochs + 1):
         for trial in trials:
-            with torch.cuda.stream(trial.stream):   # of None, on a CPU: does nothing
+            with trial.in_stream():
                 trial.draw(epoch - 1)
         for _ in range(trials[0].steps):
             for trial in trials:
-                with torch.cuda.stream(trial.stream):
+                with trial.in_stream():
                     trial.replay()
-        if trials[0].stream:
+        if on_gpu:
             torch.cuda.synchronize()
         if epoch <= 3 or epoch == epochs:       # the guide follows for three epochs at most
             for trial in trials:
                 trial.finish(epoch)
-            if trials[0].stream:
+            if on_gpu:
                 torch.cuda.synchronize()    # before the streams change the averages again
         if epoch <= 3 or epoch == epochs or epoch % 10 == 0:
             losses = " ".join(f"{trial.loss.item() / trial.steps:.4f}" for trial in trials)
@@ -196,6 +201,7 @@ def main():
     for path in (Path(f"trial_seed{seed}_last.pt") for seed in args.seeds):
         if path.exists():
             sys.exit(f"{path.absolute()} is of an earlier run: move it away")
+    script_unet.keep_freed_memory()
     device = script_unet.pick_device()
     images, labels = (part.to(device) for part in script_unet.load_fashion_mnist("train"))
     if 3 * script_unet.BATCH_SIZE > len(images):    # record() tries three steps
@@ -210,10 +216,11 @@ def main():
             script_unet.CHECKPOINT_PREFIX = f"trial_seed{trial.seed}"
             path = script_unet.checkpoint_path("last")
             try:
+                script_unet.check_loss(loss)
                 trial.trainer.save("last")
                 print(f"seed {trial.seed}: held out {loss:.5f}, {path}")
             except script_unet.UserError as error:  # one that diverged does not lose the others
-                print(f"seed {trial.seed}: {error}")
+                print(f"seed {trial.seed}: {str(error).split(';')[0]}, so not saved")
                 diverged = True
     if diverged:
         sys.exit(1)
