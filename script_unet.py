@@ -65,7 +65,7 @@ BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled b
 # Sampling
 SAMPLING_STEPS = 22         # of the T steps; more are slower and hardly better
 SAMPLING_ETA = 0.0          # noise added at each step: 0: none [6]; 1: all of DDPM's [1, 3]
-SAMPLING_GRAIN = 1.0        # gray levels of noise left on clothes, as cloth has grain; 0: none
+SAMPLING_GRAIN = 0.75       # gray levels of noise left on clothes, as cloth has grain; 0: none
 GUIDANCE_SCALE = 0.0        # 0: 2.8 to 1.4, by epochs; 1: off; more: clearer and less varied [10]
 # Machine and output, in the working directory
 PRECISION = "auto"          # "auto": bf16 where the hardware computes in it; or "bf16", "fp32"
@@ -776,7 +776,7 @@ ALLOWED = {
     "ATTENTION_HEAD_DIM": (64, 1, 1e4), "NUM_DIFFUSION_STEPS": (100, 3, 1e4),
     "BETA_SCHEDULE": ("cosine", "linear"), "BETA_START": (1e-4, 1e-9, 1),
     "BETA_END": (0.02, 1e-9, 1), "SAMPLING_STEPS": (22, 1, 1e5), "SAMPLING_ETA": (0.0, 0, 1),
-    "SAMPLING_GRAIN": (1.0, 0, 10), "GUIDANCE_SCALE": (0.0, 0, 100), "RESUME": (True, False),
+    "SAMPLING_GRAIN": (0.75, 0, 10), "GUIDANCE_SCALE": (0.0, 0, 100), "RESUME": (True, False),
     "PRECISION": ("auto", "bf16", "fp32"), "CHECKPOINT_EVERY": (10, 1, 1e6),
     "PICTURE_COLUMNS": (10, 2, 100)}
 def check_constants():
