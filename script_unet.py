@@ -776,9 +776,9 @@ ALLOWED = {
     "ATTENTION_HEAD_DIM": (64, 1, 1e4), "NUM_DIFFUSION_STEPS": (100, 3, 1e4),
     "BETA_SCHEDULE": ("cosine", "linear"), "BETA_START": (1e-4, 1e-9, 1),
     "BETA_END": (0.02, 1e-9, 1), "SAMPLING_STEPS": (22, 1, 1e5), "SAMPLING_ETA": (0.0, 0, 1),
-    "SAMPLING_GRAIN": (0.75, 0, 10), "GUIDANCE_SCALE": (0.0, 0, 100), "RESUME": (True, False),
-    "PRECISION": ("auto", "bf16", "fp32"), "CHECKPOINT_EVERY": (10, 1, 1e6),
-    "PICTURE_COLUMNS": (10, 2, 100)}
+    "SAMPLING_GRAIN": (0.75, 0, 10), "GUIDANCE_SCALE": (0.0, 0, 100),
+    "PRECISION": ("auto", "bf16", "fp32"), "RESUME": (True, False),
+    "CHECKPOINT_EVERY": (10, 1, 1e6), "PICTURE_COLUMNS": (10, 2, 100)}
 def check_constants():
     """Raise UserError naming each constant that cannot work, what is allowed and what it is."""
     wrong = []

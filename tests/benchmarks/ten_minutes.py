@@ -98,9 +98,11 @@ def main():
         parser.error("--batch-size is for --peer; ours is 'BATCH_SIZE=128'")
     name = args.peer or "_".join(["ours", *args.constants])
     script_unet.SEED = args.seed
+    paths = {"DATA_DIR", "SYSTEM_DATA_DIR", "PICTURE_DIR", "CHECKPOINT_PREFIX"}
+    changeable = {*script_unet.ALLOWED, *paths} - {"SEED", "EPOCHS", "RESUME"}
     try:
         for key, value in (constant.split("=", 1) for constant in args.constants):
-            if args.peer or key in ("SEED", "EPOCHS", "RESUME") or key not in script_unet.ALLOWED:
+            if args.peer or key not in changeable:
                 parser.error(f"{key} is no constant that can be changed here")
             setattr(script_unet, key, ast.literal_eval(value))
         script_unet.check_constants()

@@ -4,13 +4,13 @@
     python tests/benchmarks/evaluate.py trial_seed0_last.pt
 
 Each seed is a Trainer of script_unet.py, as it stands with your changes, and ends as a checkpoint
-for evaluate.py, not to be resumed from, in the working directory, written after the last epoch;
-held-out losses are printed. script_unet.py by itself
-leaves a large GPU idle for nine tenths of a step, whose thousand small kernels a processor core
-cannot start any faster. Here the step is recorded once, as a CUDA graph, and replayed, so that the
-trainings share the GPU. The updates are those of Trainer.step (tests/test_trials.py), with an
-epoch's random draws made at once, so from other random numbers: who changes that method changes
-Trial.step as well. Dropout's masks depend on the trials beside. Without a GPU it is slow.
+in the working directory, for evaluate.py and not to be resumed from; held-out losses are printed.
+Before the end nothing is saved. script_unet.py by itself leaves a large GPU idle for nine tenths of
+a step, whose thousand small kernels a processor core cannot start any faster. Here the step is
+recorded once, as a CUDA graph, and replayed, so that the trainings share the GPU. The updates are
+those of Trainer.step (tests/test_trials.py), with an epoch's random draws made at once, so from
+other random numbers: who changes that method changes Trial.step as well. Dropout's masks depend on
+the trials beside. Without a GPU it is slow.
 """
 
 import argparse
@@ -132,9 +132,9 @@ class Trial:
             self.in_stream = contextlib.nullcontext
             self.replay = lambda: (self.model.zero_grad(), self.step())
             return
-        self.stream = torch.cuda.Stream()
-        self.in_stream = functools.partial(torch.cuda.stream, self.stream)
-        self.stream.wait_stream(torch.cuda.current_stream())
+        stream = torch.cuda.Stream()
+        self.in_stream = functools.partial(torch.cuda.stream, stream)
+        stream.wait_stream(torch.cuda.current_stream())
         with self.in_stream():
             self.draw(0)
             for _ in range(3):  # as a graph needs, with rates of 0
@@ -143,7 +143,7 @@ class Trial:
             self.model.zero_grad()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
+        with torch.cuda.graph(graph, stream=stream):
             self.step()
         states = [value for state in self.adamw.state.values() for value in state.values()]
         for part in (*states, *(momentum for *_, momentum in self.muon), self.of_run):
