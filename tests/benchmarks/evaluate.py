@@ -3,8 +3,10 @@
     python tests/benchmarks/evaluate.py fashion_mnist_diffusion_last.pt
 
 Samples each class and prints a table of figures, the same for as many real test images: the
-floor, which a perfect model would reach. The first run trains a small classifier, whose features
-most figures are measured in, and keeps it in tests/benchmarks/.cache/.
+floor, which a perfect model would reach. Real images are a draw, too: it is the mean of several
+sets of them, and their least and greatest figures show how much luck one set has. The first run
+trains a small classifier, whose features most figures are measured in, and keeps it in
+tests/benchmarks/.cache/.
 
 Frechet distance [1] of the features' Gaussians to those of the training images, in two spaces:
   those of the Fashion-MNIST classifier, which know what tells clothes apart, and
@@ -24,6 +26,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import math
 import os
 import sys
 import time
@@ -45,6 +48,7 @@ CLASSIFIER_EPOCHS = 8
 CLASSIFIER_ACCURACY = 0.925     # on the test images; a worse judge is refused
 NEIGHBOURS = 3              # k of precision and recall
 IMAGENET_REFERENCE = 20000  # training images that the distance in ImageNet features is to
+FLOOR_SETS = 5              # of real test images, no image in two; fewer where these are too few
 
 
 def cached(name, compute):
@@ -71,9 +75,9 @@ def real_images(split):
     return images, labels
 
 
-def first_of_each_class(images, labels, count):
-    """The first `count` images of each class, class by class, and their labels."""
-    pick = torch.cat([(labels == c).nonzero()[:count, 0] for c in range(10)])
+def some_of_each_class(images, labels, count, skip=0):
+    """`count` images of each class, after the first `skip` of it, class by class; their labels."""
+    pick = torch.cat([(labels == c).nonzero()[skip:skip + count, 0] for c in range(10)])
     return images[pick], labels[pick]
 
 
@@ -269,11 +273,12 @@ def evaluate(images, labels=None, classifier_seed=0):
 
 
 def evaluate_floor(per_class, classifier_seed=0):
-    """evaluate() of the first `per_class` test images of each class."""
-    name = f"floor{load_classifier(classifier_seed).name}_{per_class}"
+    """evaluate() of sets of real test images, `per_class` of each class: a list, one for a set."""
+    name = f"floors{load_classifier(classifier_seed).name}_{per_class}"
     name += "_imagenet" * bool(load_imagenet())
-    return cached(name, lambda: evaluate(
-        *first_of_each_class(*real_images("test"), per_class), classifier_seed))
+    starts = range(0, 1001 - per_class, per_class)[:FLOOR_SETS]     # 1,000 test images a class
+    return cached(name, lambda: [evaluate(*some_of_each_class(
+        *real_images("test"), per_class, start), classifier_seed) for start in starts])
 
 
 ROWS = {  # name: (words, factor, format)
@@ -287,15 +292,18 @@ ROWS = {  # name: (words, factor, format)
     "nearest": ("median distance to the nearest training image", 1, ".2f")}
 
 
-def print_table(figures, floor):
-    """Print evaluate()'s figures of the samples beside those of as many real test images."""
-    print(f"{'':46}{'generated':>12}{'real test':>12}")
+def print_table(figures, floors):
+    """Print evaluate()'s figures of the samples beside those of sets of as many real images."""
+    print(f"{'':46}{'generated':>10}{'real test':>11}{f'in {len(floors)} sets':>18}")
     for name, (words, factor, style) in ROWS.items():
-        values = [f"{part[name] * factor:{style}}" if name in part else "-"
-                  for part in (figures, floor)]
-        print(f"{words:46}{values[0]:>12}{values[1]:>12}")
+        values = sorted(factor * floor[name] for floor in floors if name in floor)
+        real = sum(values) / len(values) if values else math.nan
+        ours = factor * figures.get(name, math.nan)
+        row = [f"{value:{style}}".replace("nan", "-") for value in (ours, real)]
+        spread = f"{values[0]:{style}} to {values[-1]:{style}}" if values and name != "n" else ""
+        print(f"{words:46}{row[0]:>10}{row[1]:>11}{spread:>18}")
         if name in ("frechet", "imagenet") and name in figures:
-            print(f"{'  ratio to real test images':46}{figures[name] / floor[name]:12.2f}{1:12.2f}")
+            print(f"{'  ratio to real test images':46}{ours / real:10.2f}{1:11.2f}")
     print(f"Frechet distances, their ratios, precision and recall depend on n, and all but "
           f"ImageNet's on\nthe classifier: only figures at n = {figures['n']:,} by the same one "
           "compare with these.")
@@ -364,13 +372,13 @@ def main():
         classes = guide.class_embedding.weight
         classes[:-1].lerp_(classes[-1], 0.2 if args.guide_dropout is None else args.guide_dropout)
         model.guide = (guide,)
-    floor = evaluate_floor(args.samples, args.classifier_seed)  # now: it may fail, or take minutes
+    floors = evaluate_floor(args.samples, args.classifier_seed)     # now: it may take minutes
     labels = torch.arange(10).repeat_interleave(args.samples)
     start = time.perf_counter()
     images = script_unet.to_uint8(script_unet.sample(model, labels)).cpu()  # waits for the device
     seconds = time.perf_counter() - start
     print(f"{args.checkpoint}: {args.samples} samples a class, drawn in {seconds:.1f} s")
-    print_table(evaluate(images, labels, args.classifier_seed), floor)
+    print_table(evaluate(images, labels, args.classifier_seed), floors)
     if picture:
         save_picture(images, picture)
 
