@@ -84,10 +84,13 @@ MODEL_CONSTANTS = ("FORMAT", "IMG_SIZE", "NUM_CLASSES", "PATCH_SIZE", "CHANNELS"
                    "BETA_START", "BETA_END")  # fixed by training; last 4: noise_schedule()'s
 # Set by torchrun: this process's number among all, and how many there are
 RANK, WORLD_SIZE = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+RANK *= WORLD_SIZE > 1      # a RANK alone, as other launchers may set, makes no second process
 
 class UserError(Exception):
     """Something that the user can mend; the message names the constant or the file."""
 
+def again():  # for messages: RESUME = False would set aside what there is to go on from
+    return f"run the same command again{' with RESUME = True' * (not RESUME)}"
 def model_constants():
     return {name: globals()[name] for name in MODEL_CONSTANTS}
 
@@ -177,8 +180,7 @@ class PatchConv(nn.Module):
         self.conv = Conv1x1(in_channels * patch_size**2, out_channels, 1, bias=False)
     def forward(self, x):
         rows, cols = -x.shape[-2] % self.patch_size, -x.shape[-1] % self.patch_size
-        if rows or cols:
-            x = F.pad(x, (cols // 2, cols - cols // 2, rows // 2, rows - rows // 2))
+        if rows or cols: x = F.pad(x, (cols // 2, cols - cols // 2, rows // 2, rows - rows // 2))
         # A convolution of stride p as reshape and matrix product: several times faster on a CPU
         x, p = x.permute(0, 2, 3, 1), self.patch_size
         x = x.unflatten(2, (-1, p)).unflatten(1, (-1, p)).transpose(2, 3)  # (B, H/p, W/p, p, p, in)
@@ -199,7 +201,7 @@ class PatchExpand(nn.Module):
         return x.contiguous(memory_format=torch.channels_last)
 
 class DoubleConv(nn.Module):
-    """Two convolutions; (B, C, H, W), emb (B, E) -> (B, C, H, W). Half-way, emb scales and shifts.
+    """Convolutions in two halves; (B, C, H, W), emb (B, E) -> same; between, emb scales and shifts.
     Plain: norm, hard swish, 3 x 3; norm, scale and shift, hard swish, `kernel` x `kernel` (3 or 1).
     Separable, less work ([11] figure 4): each channel's 3 x 3; norm, scale and shift, 1 x 1 to 2 C,
     hard swish, 1 x 1 to C. The last starts at zero: a residual block starts as the identity."""
@@ -479,6 +481,7 @@ def atomic_write(path, data):
     if RANK: return
     beside = (path := Path(path)).with_name(f".{path.name}.writing")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # deleted, say, to be rid of old pictures
         with open(beside, "wb") as file:
             file.write(data)
             file.flush()
@@ -487,7 +490,7 @@ def atomic_write(path, data):
     except OSError as error:
         with contextlib.suppress(OSError): beside.unlink()
         raise UserError(f"cannot write {path.absolute()} ({error.strerror}), the old one is kept. "
-                        "Make room or the folder writable, or close the file, and rerun") from error
+                        f"Make room, make it writable or close it, and {again()}") from error
 def save_figure(figure, path):
     figure.savefig(buffer := io.BytesIO(), format="png", dpi=100)
     atomic_write(path, buffer.getvalue())
@@ -586,13 +589,11 @@ def newest_checkpoint(constants):
     newest = (-1, None, {"constants": constants})   # if there is none
     for path in find_checkpoints("last", "best_model", "epoch_*"):
         try:
-            if not RESUME:
-                raise UserError("RESUME is False")
+            if not RESUME: raise UserError("RESUME is False")
             state = read_checkpoint(path)
             newest = max(newest, (state["progress"]["step"], path, state), key=lambda new: new[0])
         except UserError as error:
-            if isinstance(error.__cause__, OSError):
-                raise  # not permitted, say, or not mounted: it may be whole
+            if isinstance(error.__cause__, OSError): raise  # not permitted, say: it may be whole
             aside = next(new for i in range(1, 9999) if not (new := Path(f"{path}.{i}")).exists())
             print(f"{error}: {path} is kept as {path.rename(aside)}", flush=True)
     theirs = newest[2]["constants"]
@@ -625,7 +626,7 @@ def check_loss(loss):
     if not loss < 10:
         raise UserError(f"training diverged (loss {loss:g}); the last good checkpoint is kept. "
                         "Lower LEARNING_RATE, MUON_LEARNING_RATE or GRADIENT_CLIP, raise "
-                        'WARMUP_STEPS or set PRECISION = "fp32", then run again')
+                        f'WARMUP_STEPS or set PRECISION = "fp32", then {again()}')
     return loss
 
 class InFloat32(torch.overrides.TorchFunctionMode):
@@ -735,8 +736,8 @@ def exit_if_asked(trainer, images, labels, stop):
     if number := over_processes(torch.tensor(max(stop, default=0)), "MAX").item():
         finish_average(trainer, images, labels)
         trainer.save("last")
-        print(f"stopped by {signal.Signals(number).name}, saved in {checkpoint_path('last')}: run "
-              f"the same command again {'with RESUME = True ' * (not RESUME)}to go on", flush=True)
+        print(f"stopped by {signal.Signals(number).name}, saved in {checkpoint_path('last')}: "
+              f"{again()} to go on", flush=True)
         sys.exit(128 + number)
 
 def train(trainer, images, labels, heldout, stop):
@@ -796,8 +797,7 @@ def check_constants():
         wrong.append(f"BLOCKS must be as many as CHANNELS, 1 to 4, and not all 0, got {BLOCKS!r}")
     elif not wrong and CHANNELS[-1] % ATTENTION_HEAD_DIM:
         wrong.append(f"ATTENTION_HEAD_DIM must divide {CHANNELS=}[-1], got {ATTENTION_HEAD_DIM}")
-    if wrong:
-        raise UserError("; ".join(wrong))
+    if wrong: raise UserError("; ".join(wrong))
     alphas_cumprod()  # checks BETA_START and BETA_END together
 
 @contextlib.contextmanager
@@ -860,6 +860,8 @@ def run(stop):
             getattr(trainer, name).load_state_dict(state.pop(name))
         print(f"resuming   {path}: {now['epoch']} epochs and {now['position']} images of the next "
               "are done (RESUME = False starts anew)", flush=True)
+        if now["epoch"] and not find_checkpoints("best_model"):     # damaged: now the last is best
+            now.update(best_epoch=now["epoch"], best_loss=now["history"][-1]["heldout_loss"])
         if now["position"] == 0: trainer.save_epoch()   # what a kill between two files left out
     train(trainer, images, labels, heldout, stop)
     generate_visualizations(trainer.average, now["epoch"], final=True)
@@ -881,17 +883,15 @@ def main():
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, remember))
-        if WORLD_SIZE == 1:
-            return run(stop)
+        if WORLD_SIZE == 1: return run(stop)
         try:
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
             stack.callback(dist.destroy_process_group)
             run(stop)
         except RuntimeError as error:
-            raise UserError(f"process {RANK} of {WORLD_SIZE} failed or lost another ({error}). Run "
-                            "the same command again to go on, one process to see why") from error
+            raise UserError(f"process {RANK} of {WORLD_SIZE} failed or lost another ({error}): "
+                            f"{again()} to go on, one process to see why") from error
 
 if __name__ == "__main__":
     try:

@@ -159,6 +159,13 @@ def test_reader_that_polls_never_meets_half_a_file(tmp_path, monkeypatch):
     assert not broken and {Path("training_loss.png"), checkpoint("last")} <= set(seen)
 
 
+@pytest.mark.parametrize("processes, rank", [(1, 0), (2, 1)])
+def test_rank_counts_only_among_several_processes(processes, rank):
+    subprocess.run([sys.executable, "-c", f"import script_unet; assert script_unet.RANK == {rank}"],
+                   cwd=ROOT, check=True, env={**os.environ, "RANK": "1",
+                                              "WORLD_SIZE": str(processes)})
+
+
 def test_stopped_process_says_how_to_go_on_and_ends_with_the_signals_status(tmp_path):
     status, out, err = finish(start(tmp_path, "kill_at(3, 0, signal.SIGINT)"))
     assert status == 128 + signal.SIGINT and "Traceback" not in err
@@ -213,7 +220,7 @@ def test_killed_worker_ends_the_job_and_one_process_goes_on(alone, tmp_path):
     lines = [*TWO, "without_batch_statistics()"]
     status, _, err = finish(start(tmp_path, *lines, "kill_at(9, 1)", processes=2))
     assert status not in (0, None)
-    assert "lost another" in err and "Run the same command again" in err
+    assert "lost another" in err and "run the same command again" in err
     assert read_checkpoint(checkpoint("last", tmp_path))["progress"]["epoch"] == 1
     status, out, err = finish(start(tmp_path, *lines))
     assert status == 0 and "resuming" in out, err

@@ -703,10 +703,30 @@ def test_failed_write_leaves_the_old_file_and_no_half_one(tmp_path, monkeypatch)
             patch.setattr(os, function, full)
         with pytest.raises(UserError, match="file.*No space left"):
             atomic_write(path, b"new")
-    with pytest.raises(UserError, match="nowhere"):
-        atomic_write(tmp_path / "nowhere" / "file", b"new")
+    with pytest.raises(UserError, match="file"):
+        atomic_write(path / "in a file", b"new")
     atomic_write(path, b"new")
     assert path.read_bytes() == b"new"
+
+
+def test_folder_that_is_deleted_during_a_run_is_made_again(tmp_path):
+    path = tmp_path / "deleted" / "pictures" / "epoch_2_samples.png"
+    atomic_write(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_messages_say_what_to_set_so_that_the_next_start_goes_on(tmp_path, monkeypatch):
+    def messages():
+        for act in (lambda: atomic_write(path / "in a file", b""),
+                    lambda: script_unet.check_loss(float("nan"))):
+            with pytest.raises(UserError) as caught:
+                act()
+            yield str(caught.value)
+
+    atomic_write(path := tmp_path / "file", b"")
+    assert all(text.endswith("run the same command again") for text in messages())
+    monkeypatch.setattr(script_unet, "RESUME", False)   # which would set aside what is there
+    assert all(text.endswith("again with RESUME = True") for text in messages())
 
 
 def test_process_other_than_the_first_writes_nothing(tmp_path, monkeypatch):
@@ -737,6 +757,19 @@ def test_best_is_the_lowest_heldout_loss_of_the_averaged_weights_which_are_drawn
     assert same(best["average"], judged[1]) and same(last["average"], judged[2])
     assert best["progress"]["epoch"] == 2 and last["progress"]["best_epoch"] == 2
     assert not same(best["average"], best["model"])
+
+
+def test_damaged_best_checkpoint_is_replaced_by_the_best_of_what_is_left(run, monkeypatch):
+    losses = iter([0.5, 0.6, 0.7, 0.55])
+    monkeypatch.setattr(script_unet, "heldout_loss", lambda *_args: dict.fromkeys(
+        ("loss", "early", "middle", "late"), next(losses)))
+    monkeypatch.setattr(script_unet, "EPOCHS", 2)
+    run()
+    checkpoint("best_model").write_bytes(b"damaged")
+    for epochs, best in ((3, 2), (4, 4)):
+        monkeypatch.setattr(script_unet, "EPOCHS", epochs)
+        run()
+        assert read_checkpoint(checkpoint("best_model"))["progress"]["epoch"] == best
 
 
 @pytest.mark.parametrize("epochs, sources", [(6, (0, 1, 1, 1)), (14, (0, 1, 2, 2))])
