@@ -272,7 +272,7 @@ def evaluate(images, labels=None, classifier_seed=0):
 
 
 def evaluate_real(per_class, classifier_seed=0):
-    """evaluate() of up to REAL_SETS sets of test images, `per_class` a class: as many figures."""
+    """evaluate() of each of up to REAL_SETS sets of test images, `per_class` a class, as a list."""
     name = f"real{REAL_SETS}_{load_classifier(classifier_seed).name}_{per_class}"
     name += "_imagenet" * bool(load_imagenet())
     skips = range(0, 1001 - per_class, per_class)[:REAL_SETS]       # 1,000 test images a class
