@@ -1,7 +1,7 @@
 """Train a class-conditional denoising diffusion model on Fashion-MNIST, in one file.
 
-Edit the constants, run `python script_unet.py`, open the PNGs: 2.3 h on two Xeon cores, 11 min
-with EPOCHS = 14, whose clothes a classifier recognises as often as real ones (.94): README.md.
+Edit the constants, run `python script_unet.py`, open the PNGs: two Xeon cores take 2.3 h. With
+EPOCHS = 14 it is 11 min, and a classifier knows the clothes as often as real ones (see README.md).
 
 An image is mixed with ever more noise in T steps; a network learns to tell them apart; sampling
 walks back from pure noise. x_start: a clean image, float (B, 1, H, W) in [-1, 1]; t (B,): the index
@@ -44,7 +44,7 @@ WARMUP_STEPS = 100          # learning rates rise over these steps, as statistic
 WEIGHT_DECAY = 0.1          # each step shrinks all weights by this times the learning rate
 GRADIENT_CLIP = 1.0         # largest L2 norm of the whole gradient; a safeguard, hardly ever met
 DROPOUT = 0.0               # probability in each residual block; 60,000 images need none
-LABEL_DROPOUT = 0.1         # share of labels replaced by the null class [5], which the guide needs
+LABEL_DROPOUT = 0.1         # share of labels that become the null class (any), for guidance [5]
 EMA_GAMMA = 16.0            # the averaged weights [8] lag 1 / (2 + this) of the steps so far
 SEED = 0                    # all randomness is a function of SEED and, in training, of the step
 # Data
@@ -66,7 +66,7 @@ BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled b
 SAMPLING_STEPS = 22         # of the T steps; more are slower and hardly better
 SAMPLING_ETA = 0.0          # noise added at each step: 0: none [6]; 1: all of DDPM's [1, 3]
 SAMPLING_GRAIN = 0.75       # gray levels of noise left on clothes, as cloth has grain; 0: none
-GUIDANCE_SCALE = 0.0        # 0: 2.8 to 1.4, by epochs; 1: off; more: clearer and less varied [10]
+GUIDANCE_SCALE = 0.0        # 0: 2.8 to 1.5, by epochs; 1: off; more: clearer [10], less varied [5]
 # Machine and output, in the working directory
 PRECISION = "auto"          # "auto": bf16 where the hardware computes in it; or "bf16", "fp32"
 RESUME = True               # go on from the newest checkpoint; False sets older ones aside
@@ -82,9 +82,9 @@ FORMAT = 5  # of the checkpoints, raised when weights of an older version no lon
 MODEL_CONSTANTS = ("FORMAT", "IMG_SIZE", "NUM_CLASSES", "PATCH_SIZE", "CHANNELS", "BLOCKS",
                    "EMBEDDING_DIM", "ATTENTION_HEAD_DIM", "NUM_DIFFUSION_STEPS", "BETA_SCHEDULE",
                    "BETA_START", "BETA_END")  # fixed by training; last 4: noise_schedule()'s
-# Set by torchrun: this process's number among all, and how many there are
-RANK, WORLD_SIZE = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-RANK *= WORLD_SIZE > 1      # a RANK alone, as other launchers may set, makes no second process
+# Set by torchrun: how many processes there are, and this one's number among them
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0)) * (WORLD_SIZE > 1)    # other launchers may set it alone
 
 class UserError(Exception):
     """Something that the user can mend; the message names the constant or the file."""
@@ -100,9 +100,8 @@ def generator(*keys):
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 def pick_device():
-    """CUDA, then MPS, which has no way to talk to other processes, then the CPU."""
-    mps = "mps" if torch.backends.mps.is_available() and WORLD_SIZE == 1 else "cpu"
-    return torch.device("cuda" if torch.cuda.is_available() else mps)
+    """CUDA or CPU; not MPS: wrong channels_last gradients (pytorch issues 107214, 175189)."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # ---- Data: four gzipped IDX files, kept in memory as uint8 -------------------------------------
 DATA_FILES = {"train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
@@ -130,7 +129,7 @@ def find_data():
     """The folder that has the four files; downloads them when none has. Raises UserError."""
     raw, tried = Path(DATA_DIR, "FashionMNIST", "raw"), []
     for folder in (raw, Path(SYSTEM_DATA_DIR)):
-        missing = [name for name in sum(DATA_FILES.values(), ()) if not (folder / name).is_file()]
+        missing = [x for x in sum(DATA_FILES.values(), ()) if not os.path.isfile(folder / x)]
         if not missing: return folder
         tried.append(f"{folder} (without {missing[0]})")
     try:  # Downloaded aside, moved when whole: a broken download leaves nothing to be trusted
@@ -384,16 +383,16 @@ def diffusion_loss(model, x_start, t, labels, noise):
 
 # ---- Sampling ----------------------------------------------------------------------------------
 def guidance(model):
-    """GUIDANCE_SCALE or, for 0, by the epochs trained, as long runs need less: 2.8 to 1.4."""
+    """GUIDANCE_SCALE or, for 0, by the epochs trained, as long runs need less: 8: 2.8; 150: 1.5."""
     return GUIDANCE_SCALE or 1.43 + 11 / max(8, model.epochs.item())
 
 @torch.no_grad()
 def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
            callback=lambda t, x_t: None, batch_size=500):
     """Images (N, 1, H, W) in [-1, 1] of the labels (N,), by a model in eval mode, on its device.
-    steps of the T, eta and seed default to the constants, the scale (None, 0) to guidance(). eta 1
-    with T steps is DDPM [1], 0 a second-order solver and corrector [6], between: solver plus noise;
-    but SAMPLING_GRAIN's noise (at most t = 0's) stays on all but black: predictions are too smooth.
+    steps of the T, eta and seed default to the constants, the scale (None, 0) to guidance(). eta 0:
+    second-order solver and corrector [6]; 1 with T steps: DDPM [1]; between: the solver plus noise.
+    All leave SAMPLING_GRAIN of the noise (at most t = 0's) on clothes: predictions are too smooth.
     Guidance: guide + scale (model - guide), [5] eq. 6 with w = scale - 1 and [10]'s weaker guide;
     both are clipped first: a difference between two overshoots would be grain in the background.
     The noise of image i depends on seed and i alone: N and batch_size change only rounding, 1e-4 in
@@ -401,7 +400,7 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     steps, eta = SAMPLING_STEPS if steps is None else steps, SAMPLING_ETA if eta is None else eta
     seed = SEED if seed is None else seed
     abar, size, T = model.abar.tolist(), model.constants["IMG_SIZE"], len(model.abar)
-    lam = [math.log(a / (1 - a)) / 2 for a in abar + abar[:1]]      # [6]'s lambda; [-1]: as t = 0
+    lam = [math.log(a / (1 - a)) / 2 for a in abar + abar[:1]]      # [6]'s lambda; at -1 as at 0
     abar.append(max(abar[0], 1 - (SAMPLING_GRAIN / 127.5) ** 2))    # [-1]: the image's
     labels = torch.as_tensor(labels, device=model.abar.device)
     streams = [generator("sample", int(seed), i) for i in range(len(labels))]
@@ -593,7 +592,7 @@ def newest_checkpoint(constants):
             state = read_checkpoint(path)
             newest = max(newest, (state["progress"]["step"], path, state), key=lambda new: new[0])
         except UserError as error:
-            if isinstance(error.__cause__, OSError): raise  # not permitted, say: it may be whole
+            if isinstance(error.__cause__, (OSError, MemoryError)): raise   # it may be whole
             aside = next(new for i in range(1, 9999) if not (new := Path(f"{path}.{i}")).exists())
             print(f"{error}: {path} is kept as {path.rename(aside)}", flush=True)
     theirs = newest[2]["constants"]
@@ -655,7 +654,7 @@ class Trainer:
         self.matrices = [nn.Parameter(k.data.movedim(1, 3).view(len(k), -1)) for k in self.kernels]
         self.muon = torch.optim.Muon([{"params": self.matrices}], MUON_LEARNING_RATE,
                                      momentum=0.9, ns_steps=3)  # torch's 0.95 learns slower
-        self.adamw = torch.optim.AdamW(rest, LEARNING_RATE, (0.9, 0.99), fused=device.type != "mps")
+        self.adamw = torch.optim.AdamW(rest, LEARNING_RATE, (0.9, 0.99), fused=True)
         self.progress = {"epoch": 0, "position": 0, "step": 0, "sums": torch.zeros(2, 3),
                          "best_loss": math.inf, "best_epoch": 0, "history": []}
 
@@ -702,8 +701,8 @@ class Trainer:
         update_average(self.average, self.model, now["step"])
 
 def finish_average(trainer, images, labels):
-    """Make the averaged weights ready for sample(). For three epochs (in short runs, a quarter) the
-    guide is their copy, with classes a fifth of the way to the null class; then it stays behind."""
+    """Make the averaged weights ready for sample(). In the first 3 epochs (or EPOCHS / 4) the guide
+    becomes a copy of them, classes a fifth of the way to the null class; then it is left alone."""
     refresh_batch_norm(trainer.average, images, labels)
     trainer.average.epochs.fill_(trainer.progress["epoch"] + (trainer.progress["position"] > 0))
     if trainer.progress["epoch"] < min(3, EPOCHS / 4):
@@ -845,7 +844,7 @@ def report(model, folder, images, heldout, epochs_left):
 def run(stop):
     """Data, model, resume, training, final pictures."""
     found = [RANK == 0 and (find_data(), newest_checkpoint(model_constants()))]
-    if WORLD_SIZE > 1: dist.broadcast_object_list(found)    # waits for the first's download, if any
+    if WORLD_SIZE > 1: dist.broadcast_object_list(found)    # the first's, when it has downloaded
     device, folder, (path, state) = pick_device(), find_data(), found[0][1]
     images, labels = (part.to(device) for part in load_fashion_mnist("train", folder))
     heldout = [part.to(device) for part in load_fashion_mnist("test", folder)]
@@ -862,6 +861,7 @@ def run(stop):
               "are done (RESUME = False starts anew)", flush=True)
         if now["epoch"] and not find_checkpoints("best_model"):     # damaged: now the last is best
             now.update(best_epoch=now["epoch"], best_loss=now["history"][-1]["heldout_loss"])
+            trainer.save("best_model")
         if now["position"] == 0: trainer.save_epoch()   # what a kill between two files left out
     train(trainer, images, labels, heldout, stop)
     generate_visualizations(trainer.average, now["epoch"], final=True)

@@ -1,5 +1,6 @@
 """What the tests share: a tiny configuration, models with trained-like weights, a stand-in."""
 
+import csv
 import functools
 import gc
 import os
@@ -36,11 +37,10 @@ def pytest_collection_finish():
 
 
 def set_tiny(monkeypatch, folder, **constants):
-    """Set the tiny configuration, hide accelerators (exactness) and work in the folder."""
+    """Set the tiny configuration, hide GPUs (exactness) and work in the folder."""
     for name, value in {**TINY, **constants}.items():
         monkeypatch.setattr(script_unet, name, value)
-    for accelerator in (torch.cuda, torch.backends.mps):
-        monkeypatch.setattr(accelerator, "is_available", functools.lru_cache(lambda: False))
+    monkeypatch.setattr(torch.cuda, "is_available", functools.lru_cache(lambda: False))
     monkeypatch.chdir(folder)
     Path(script_unet.PICTURE_DIR).mkdir()
 
@@ -79,3 +79,32 @@ class Predictor:
     def __call__(self, x_t, t, labels):
         a = self.abar[t].view(-1, 1, 1, 1)
         return (a.sqrt() * x_t - self.x_start(x_t, t, labels)) / (1 - a).sqrt()
+
+
+def checkpoint(what, folder="."):
+    """The path of a checkpoint: "last", "best_model" or "epoch_2"."""
+    return Path(folder, f"{script_unet.CHECKPOINT_PREFIX}_{what}.pt")
+
+
+def same(one, other):
+    """Whether two states hold the same, bit for bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def log_rows(folder="."):
+    """The rows of training_log.csv as dicts of numbers."""
+    with open(Path(folder, "training_log.csv")) as file:
+        return [{name: float(value) for name, value in row.items()}
+                for row in csv.DictReader(file)]
+
+
+def raising(error):
+    """A function that raises the error, whatever it is given."""
+    def function(*_args, **_kwargs):
+        raise error
+
+    return function

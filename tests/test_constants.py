@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, raising
 
 import script_unet
 from script_unet import UserError, check_constants, main
@@ -76,12 +76,22 @@ def edited(tmp_path):
 
 
 @pytest.mark.parametrize("name, value", BAD)
-def test_bad_constant_is_refused_with_its_name_what_is_allowed_and_its_value(
-        monkeypatch, name, value):
+def test_bad_constant_is_refused_with_its_name_and_its_value(monkeypatch, name, value):
     monkeypatch.setattr(script_unet, name, value)
     message = refused()
     assert f"{name} must " in message and f"got {value!r}" in message
     assert message.count(" must ") == 1     # the others are fine
+
+
+@pytest.mark.parametrize("name, value, allowed", [
+    ("EPOCHS", 1_000_001, "an integer from 1 to 1e+06"), ("RESUME", "no", "True or False"),
+    ("WEIGHT_DECAY", 11, "a number from 0 to 10"), ("SAMPLING_GRAIN", -1, "a number from 0 to 10"),
+    ("SAMPLING_GRAIN", 10.1, "a number from 0 to 10"), ("PATCH_SIZE", 5, "an integer from 1 to 4"),
+    ("CHANNELS", 64, "a tuple, each an integer from 1 to 10000"),
+    ("PRECISION", "fp16", "'auto' or 'bf16' or 'fp32'")])
+def test_message_says_what_is_allowed(monkeypatch, name, value, allowed):
+    monkeypatch.setattr(script_unet, name, value)
+    assert refused() == f"{name} must be {allowed}, got {value!r}"
 
 
 @pytest.mark.parametrize("name, value", [
@@ -180,18 +190,17 @@ def test_picture_dir_that_is_a_file_is_refused(tiny, monkeypatch):
 
 
 def test_folder_that_cannot_be_written_to_is_refused_before_training(tiny, monkeypatch):
-    def refuse(*_args, **_kwargs):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(tiny.tempfile, "TemporaryFile", refuse)     # root may write anywhere
+    monkeypatch.setattr(tiny.tempfile, "TemporaryFile",     # root may write anywhere
+                        raising(PermissionError(13, "Permission denied")))
     with pytest.raises(UserError, match="PICTURE_DIR.*CHECKPOINT_PREFIX.*writable.*denied"):
         main()
     assert not list(Path().rglob("*.p[tn]*"))
 
 
-def test_too_little_disk_is_refused_before_training(tiny, monkeypatch):
-    full = type("usage", (), {"free": 10**6})
-    monkeypatch.setattr(tiny.shutil, "disk_usage", lambda path: full)
+def test_too_little_disk_where_the_checkpoints_go_is_refused_before_training(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "CHECKPOINT_PREFIX", "models/run")
+    monkeypatch.setattr(tiny.shutil, "disk_usage", lambda path: type(
+        "usage", (), {"free": 10**6 if path == Path("models") else 10**12}))
     with pytest.raises(UserError, match="1 MB free.*CHECKPOINT_EVERY"):
         main()
     assert not list(Path().rglob("*.p[tn]*"))

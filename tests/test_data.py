@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import os
 import re
 import shutil
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DATA
+from conftest import DATA, raising
 from PIL import Image
 from torchvision.datasets import FashionMNIST
 
@@ -250,16 +251,25 @@ def test_broken_download_is_refused_and_made_good_by_the_next_run(places, file, 
 
 def test_interrupted_download_is_made_good_by_the_next_run(places, monkeypatch):
     mirror_files(places)
-
-    def interrupted(*_args, **_kwargs):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *_args, **_kwargs: None)  # as kill -9 would
-        patch.setattr(FashionMNIST, "download", interrupted)
+        patch.setattr(FashionMNIST, "download", raising(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             find_data()
     assert find_data() == places[0]
+
+
+def test_folder_that_may_not_be_searched_is_passed_over(places, monkeypatch):
+    shutil.copytree(RAW, places[1])
+    stat = os.stat
+
+    def refuse(path, *args, **kwargs):      # root may search any folder
+        if Path(path).parent == places[0]:
+            raise PermissionError(13, "Permission denied")
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert find_data() == places[1]
 
 
 def test_data_dir_that_cannot_be_written_is_named(places, tmp_path, monkeypatch):

@@ -310,11 +310,11 @@ def test_images_lie_between_minus_one_and_one(model, eta, steps):
     assert images.abs().max() <= 1 and images.std() > 0
 
 
-@pytest.mark.parametrize("eta, guidance", [(0.0, 1.0), (1.0, 2.0)])
-def test_image_i_depends_on_seed_and_i_alone(model, eta, guidance, monkeypatch):
+@pytest.mark.parametrize("eta, scale", [(0.0, 1.0), (1.0, 2.0)])
+def test_image_i_depends_on_seed_and_i_alone(model, eta, scale, monkeypatch):
     monkeypatch.setattr(script_unet, "SAMPLING_GRAIN", 1.0)
     labels = torch.arange(100) % 10
-    options = {"eta": eta, "guidance_scale": guidance, "seed": 5, "steps": 3}
+    options = {"eta": eta, "guidance_scale": scale, "seed": 5, "steps": 3}
     images = sample(model, labels, **options)
     for count, batch_size in ((100, 33), (30, 1), (7, 4), (1, 500)):
         few = sample(model, labels[:count], batch_size=batch_size, **options)
@@ -325,9 +325,9 @@ def test_image_i_depends_on_seed_and_i_alone(model, eta, guidance, monkeypatch):
     assert (same_label[0] - same_label[1]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("eta, guidance", [(0.0, 1.0), (1.0, 2.0)])
-def test_no_labels_give_no_images(model, eta, guidance):
-    images = sample(model, torch.arange(0), eta=eta, guidance_scale=guidance)
+@pytest.mark.parametrize("eta, scale", [(0.0, 1.0), (1.0, 2.0)])
+def test_no_labels_give_no_images(model, eta, scale):
+    images = sample(model, torch.arange(0), eta=eta, guidance_scale=scale)
     assert images.shape == (0, 1, 28, 28)
 
 

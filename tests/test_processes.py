@@ -1,6 +1,5 @@
 """Real processes: killed at any moment, out of disk space, and several of them on one run."""
 
-import csv
 import functools
 import io
 import os
@@ -16,9 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, set_tiny
+from conftest import ROOT, checkpoint, log_rows, same, set_tiny
 from PIL import Image
-from test_training import checkpoint, same
 
 import script_unet
 from script_unet import UserError, main, read_checkpoint
@@ -35,6 +33,7 @@ def start(folder, *lines, processes=1):
         cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+             "PYTHONUNBUFFERED": "",    # standard output to a file is buffered, unless flushed
              "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"),
                                             *filter(None, [os.environ.get("PYTHONPATH")])])})
 
@@ -51,8 +50,7 @@ def finish(process, lines=""):
 
 def losses(folder):
     """The rows of training_log.csv, as numbers."""
-    with open(Path(folder, "training_log.csv")) as file:
-        return [[float(value) for value in row] for row in list(csv.reader(file))[1:]]
+    return [list(row.values()) for row in log_rows(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +76,7 @@ def test_run_killed_a_dozen_times_ends_as_the_undisturbed_one(undisturbed, tmp_p
     status, out, err = finish(start(tmp_path, *LONG, "fork_for_each_line()"),
                               "".join(f"{number}\n" for number in events))
     assert status == 0 and out.count(f"ended {-signal.SIGKILL}") == 12, err
-    assert out.count("resuming") > 6
+    assert out.count("resuming") > 6 and "\nepoch 1/24: loss" in out   # not lost in a buffer
     status, out, err = finish(start(tmp_path, *LONG))
     assert status == 0 and "resuming" in out, err
     expected = undisturbed()

@@ -1,7 +1,6 @@
-"""Whole small runs of main(): outputs, resume, faults; one training step; the pictures."""
+"""Whole small runs of main(): outputs, resume, faults; randomness; one training step."""
 
 import contextlib
-import csv
 import errno
 import gc
 import io
@@ -14,20 +13,20 @@ import signal
 import subprocess
 import weakref
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, Predictor, awake, set_tiny
-from matplotlib.figure import Figure
-from PIL import Image, ImageSequence
-from torchvision.datasets import FashionMNIST
+from conftest import (ROOT, TINY, Predictor, awake, checkpoint, log_rows, raising, same,
+                      set_tiny)
+from PIL import Image
 
 import script_unet
 from script_unet import (FashionMNISTUNetDenoiser, Trainer, UserError, atomic_write, draw_losses,
                          generate_visualizations, heldout_loss, load_denoiser,
-                         load_fashion_mnist, main, mosaic, newest_checkpoint, pick_device,
+                         load_fashion_mnist, main, newest_checkpoint, pick_device,
                          read_checkpoint, refresh_batch_norm, sample, update_average)
 
 CPU = torch.device("cpu")
@@ -57,19 +56,6 @@ def run(tiny, monkeypatch):
     return main
 
 
-def checkpoint(what, folder="."):
-    return Path(folder, f"{script_unet.CHECKPOINT_PREFIX}_{what}.pt")
-
-
-def same(one, other):
-    """Whether two states hold the same, bit for bit."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-
-
 def assert_as_undisturbed(undisturbed):
     for what in ("last", "best_model", "epoch_2"):
         assert same(read_checkpoint(checkpoint(what)),
@@ -90,8 +76,7 @@ def before_step(monkeypatch, number, act):
     monkeypatch.setattr(Trainer, "step", watched)
 
 
-def fail():
-    raise RuntimeError("power cut")
+fail = raising(RuntimeError("power cut"))
 
 
 # What a whole run leaves
@@ -132,14 +117,13 @@ def test_gif_shows_every_step_and_loops(undisturbed):
 
 
 def test_log_has_a_row_an_epoch_of_falling_losses(undisturbed):
-    rows = list(csv.DictReader(open(undisturbed[0] / "training_log.csv")))
-    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
-    assert [row["step"] for row in rows] == ["6", "12", "18"]
+    rows = log_rows(undisturbed[0])
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 6), (2, 12), (3, 18)]
     names = {f"{kind}_{level}" for kind in ("train", "heldout")
              for level in ("loss", "early", "middle", "late")}
     assert set(rows[0]) == {"epoch", "step", *names}
     for name in names:
-        assert 0 < float(rows[-1][name]) < float(rows[0][name])
+        assert 0 < rows[-1][name] < rows[0][name]
 
 
 def test_logged_training_loss_is_the_mean_of_the_epochs_own_steps(run, monkeypatch):
@@ -153,19 +137,19 @@ def test_logged_training_loss_is_the_mean_of_the_epochs_own_steps(run, monkeypat
 
     monkeypatch.setattr(script_unet, "diffusion_loss", watched)
     run()
-    logged = [float(row["train_loss"]) for row in csv.DictReader(open("training_log.csv"))]
+    logged = [row["train_loss"] for row in log_rows()]
     assert logged == pytest.approx(np.reshape(seen, (EPOCHS, STEPS)).mean(1).tolist(), rel=1e-5)
 
 
 def test_checkpoints_hold_averaged_weights_of_the_logged_heldout_loss(undisturbed):
-    rows = list(csv.DictReader(open(undisturbed[0] / "training_log.csv")))
+    rows = log_rows(undisturbed[0])
     heldout = load_fashion_mnist("test", Path(TINY["DATA_DIR"], "FashionMNIST", "raw"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script_unet, "PRECISION", "fp32")
         for what, row in (("last", rows[2]), ("epoch_2", rows[1])):
             model = load_denoiser(checkpoint(what, undisturbed[0]), "cpu")
             loss = heldout_loss(model, *heldout)
-            assert loss["loss"] == pytest.approx(float(row["heldout_loss"]), rel=1e-4)
+            assert loss["loss"] == pytest.approx(row["heldout_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("what", ["last", "best_model", "epoch_2"])
@@ -183,7 +167,7 @@ def test_run_says_what_it_will_do_and_one_line_an_epoch(undisturbed):
     text = undisturbed[1]
     model = FashionMNISTUNetDenoiser({name: TINY[name] for name in TINY if name.isupper()})
     parameters = sum(p.numel() for p in model.parameters())
-    for part in ("device     cpu (", "fp32", f"{torch.get_num_threads()} threads",
+    for part in ("device     cpu (", f"{torch.get_num_threads()} threads",
                  "600 training and 200 held-out images", TINY["DATA_DIR"],
                  f"{parameters:,} parameters", "MFLOP", "EPOCHS = 3", "CHANNELS = (16, 32)",
                  "training_log.csv", script_unet.PICTURE_DIR):
@@ -192,6 +176,63 @@ def test_run_says_what_it_will_do_and_one_line_an_epoch(undisturbed):
     for epoch in (1, 2, 3):
         line, = (line for line in text.splitlines() if line.startswith(f"epoch {epoch}/3"))
         assert "loss" in line and "images/s" in line
+
+
+@pytest.mark.parametrize("has, said", [({}, "fp32"), ({"amx_bf16": True}, "bf16")])
+def test_first_line_says_what_the_cpu_computes_in(tiny, monkeypatch, capsys, has, said):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    monkeypatch.setattr(tiny, "PRECISION", "auto")
+    tiny.report(FashionMNISTUNetDenoiser(), "folder", [], [], 1)
+    assert re.match(rf"device     cpu \(.*\), {said}, ", capsys.readouterr().out)
+
+
+def test_lines_of_a_run_say_its_steps_its_losses_and_which_epoch_was_best(
+        run, monkeypatch, capsys):
+    losses = iter([1.0, 0.5, 0.7])
+    monkeypatch.setattr(script_unet, "heldout_loss", lambda *_args: dict.fromkeys(
+        ("loss", "early", "middle", "late"), next(losses)))
+    run()
+    said = capsys.readouterr().out
+    assert f"\ntraining   3 epochs of {STEPS} steps of 100\n" in said
+    for row, heldout in zip(log_rows(), ("1.0000 (best)", "0.5000 (best)", "0.7000")):
+        assert (f"\nepoch {row['epoch']:.0f}/3: loss {row['train_loss']:.4f}, "
+                f"held out {heldout}, ") in said
+    assert "finished   3 epochs" in said and "best held-out loss 0.5000 (epoch 2)" in said
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_bar_shows_on_a_terminal_alone_what_is_done_of_the_whole_run(run, monkeypatch, stream):
+    bars, tqdm = [], script_unet.tqdm
+    monkeypatch.setattr(script_unet, "tqdm", lambda **options: tqdm(
+        **options, file=bars.append(stream()) or bars[-1]))
+    before_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit):
+        run()
+    run()
+    shown = bars[1].getvalue()
+    assert (" 400/1800 " in shown and "1800/1800" in shown) if stream is Terminal else not shown
+
+
+def test_main_has_glibc_keep_freed_memory(tiny, monkeypatch):
+    asked = []
+    libc = type("libc", (), {"mallopt": lambda *args: asked.append(args)})
+    monkeypatch.setattr(tiny.platform, "libc_ver", lambda: ("glibc", "2.39"))
+    monkeypatch.setattr(tiny.ctypes, "CDLL", lambda _name: libc)
+    monkeypatch.setattr(tiny, "run", lambda stop: None)
+    main()
+    assert asked == [(-4, 0), (-1, 2**31 - 1)]      # nothing by mmap, nothing trimmed
+
+
+def test_a_notebook_may_run_it_in_another_thread(run, monkeypatch):
+    monkeypatch.setattr(script_unet, "EPOCHS", 1)
+    with ThreadPoolExecutor(1) as pool:     # where no signal handler can be set
+        pool.submit(run).result()
+    assert checkpoint("last").exists()
 
 
 # Going on
@@ -318,9 +359,10 @@ class Malice:
         return Path.touch, (Path("executed"),)
 
 
-def not_a_number(state):
-    state["model"]["class_embedding.weight"].fill_(float("nan"))
-    return state
+def not_a_number(data, part):
+    state = torch.load(io.BytesIO(data), weights_only=True)
+    state[part]["class_embedding.weight"].fill_(float("nan"))
+    return saved(state)
 
 
 def one_bit_flipped(data):
@@ -337,10 +379,13 @@ DAMAGES = {     # what becomes of a checkpoint's bytes
     "zeros": lambda data: bytes(len(data)),
     "random": lambda data: random.Random(0).randbytes(len(data)),
     "one bit": one_bit_flipped,
-    "nan": lambda data: saved(not_a_number(torch.load(io.BytesIO(data), weights_only=True))),
+    "nan": lambda data: not_a_number(data, "model"),
+    "nan average": lambda data: not_a_number(data, "average"),
+    "nan guide": lambda data: not_a_number(data, "guide"),
     "malicious": lambda data: saved({**torch.load(io.BytesIO(data), weights_only=True),
                                      "progress": Malice()}),
-    "foreign": lambda data: saved({"epoch": 3, "state_dict": {}})}
+    "foreign": lambda data: saved({"epoch": 3, "state_dict": {}}),
+    "a list": lambda data: saved([1, 2])}
 
 
 def saved(state):
@@ -359,6 +404,8 @@ def test_damaged_checkpoint_is_set_aside_and_the_newest_whole_one_found(
     assert path == checkpoint("epoch_2") and state["progress"]["epoch"] == 2
     assert f"{last}.1" in capsys.readouterr().out
     assert Path(f"{last}.1").read_bytes() == damaged and not last.exists()
+    with pytest.raises(UserError, match=rf"{last}\.1"):
+        load_denoiser(f"{last}.1")
     assert not Path("executed").exists()
 
 
@@ -369,14 +416,12 @@ def test_crashed_run_goes_on_from_its_newest_whole_checkpoint(
         before_step(patch, 2 * STEPS + 4, fail)
         with pytest.raises(RuntimeError, match="power cut"):
             run()
-    last, source = checkpoint("last"), "last"
+    last = checkpoint("last")
     last.write_bytes(DAMAGES[damage](last.read_bytes()))
-    if damage != "none":
-        source = "best_model" if same(*(read_checkpoint(checkpoint(what))["progress"]
-                                        for what in ("best_model", "epoch_2"))) else "epoch_2"
     run()
     said = capsys.readouterr().out
-    assert f"resuming   {checkpoint(source)}: 2 epochs" in said
+    source = "last" if damage == "none" else "(best_model|epoch_2)"
+    assert re.search(rf"resuming   {script_unet.CHECKPOINT_PREFIX}_{source}.pt: 2 epochs", said)
     assert_as_undisturbed(undisturbed)
     kept = Path(f"{last}.1")
     assert kept.exists() == (str(kept) in said) == (damage != "none")
@@ -393,15 +438,14 @@ def test_newest_checkpoint_is_the_one_of_most_steps(tiny, undisturbed, steps):
     assert path == checkpoint(("last", "best_model", "epoch_2")[steps.index(18)])
 
 
-def test_unreadable_checkpoint_ends_the_run_and_stays_in_its_place(run, undisturbed, monkeypatch):
-    def refuse(_path):
-        raise PermissionError(13, "Permission denied")
-
+@pytest.mark.parametrize("error", [PermissionError("not permitted"), MemoryError("too large")])
+def test_unreadable_checkpoint_ends_the_run_and_stays_in_its_place(
+        run, undisturbed, monkeypatch, error):
     path = checkpoint("last")
     path.write_bytes(checkpoint("last", undisturbed[0]).read_bytes())
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", refuse)   # root may read anything
-        with pytest.raises(UserError, match=f"{path}.*Permission denied"):
+        patch.setattr(Path, "read_bytes", raising(error))       # root may read anything
+        with pytest.raises(UserError, match=f"{path}.*{error}"):
             run()
     assert list(Path().glob("*.pt*")) == [path]
     assert read_checkpoint(path)["progress"]["epoch"] == 3
@@ -430,6 +474,22 @@ def test_run_that_crashes_while_drawing_goes_on_from_the_epoch_before(
         run, undisturbed, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(script_unet, "draw_losses", lambda history: len(history) > 1 and fail())
+        with pytest.raises(RuntimeError, match="power cut"):
+            run()
+    assert read_checkpoint(checkpoint("last"))["progress"]["epoch"] == 1
+    run()
+    assert_as_undisturbed(undisturbed)
+
+
+def test_run_that_crashes_before_its_log_goes_on_from_the_epoch_before(
+        run, undisturbed, monkeypatch):
+    def write(path, data):
+        if path == "training_log.csv" and data.count(b"\n") == 3:      # the second epoch's
+            fail()
+        atomic_write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script_unet, "atomic_write", write)
         with pytest.raises(RuntimeError, match="power cut"):
             run()
     assert read_checkpoint(checkpoint("last"))["progress"]["epoch"] == 1
@@ -510,13 +570,10 @@ def test_resumed_run_follows_a_change_of_rates_and_weight_decay(run, monkeypatch
     changed = {"EPOCHS": 2, "LEARNING_RATE": 1e-3, "MUON_LEARNING_RATE": 0.01, "WEIGHT_DECAY": 0.3}
     for name, value in changed.items():
         monkeypatch.setattr(script_unet, name, value)
-    trainers, init = [], Trainer.__init__
-    monkeypatch.setattr(Trainer, "__init__", lambda trainer, device: (
-        trainers.append(trainer), init(trainer, device))[1])
     run()
     done = (1 + 500 / 600) / 2     # before the last step
     for name, peak in (("adamw", 1e-3), ("muon", 0.01)):
-        group, = getattr(trainers[0], name).param_groups
+        group, = read_checkpoint(checkpoint("last"))[name]["param_groups"]
         assert group["weight_decay"] == 0.3
         assert group["lr"] == pytest.approx(peak * (1 - done) ** 2)
 
@@ -558,11 +615,8 @@ def test_second_run_in_the_folder_is_refused(run, monkeypatch, prefix):
 
 
 def test_disk_without_locks_does_not_stop_a_run(run, monkeypatch):
-    def refuse(*_args):
-        raise OSError(errno.ENOLCK, "No locks available")
-
     monkeypatch.setattr(script_unet, "EPOCHS", 1)
-    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("fcntl.flock", raising(OSError(errno.ENOLCK, "No locks available")))
     run()
     assert checkpoint("last").exists()
 
@@ -585,20 +639,12 @@ def test_prefix_may_have_folders_and_brackets(run, monkeypatch, tmp_path, capsys
 
 def diverge_at(monkeypatch, number, spoil):
     """Have the loss of the training step of that number spoiled."""
-    loss = script_unet.diffusion_loss
+    loss, steps = script_unet.diffusion_loss, itertools.count(1)
 
-    def spoiled(model, x_start, t, labels, noise):
-        losses = loss(model, x_start, t, labels, noise)
-        return spoil(losses) if torch.is_grad_enabled() and now["step"] + 1 == number else losses
+    def spoiled(*args):
+        losses = loss(*args)
+        return spoil(losses) if torch.is_grad_enabled() and next(steps) == number else losses
 
-    now, init = {}, Trainer.__init__
-
-    def watched(trainer, device):
-        nonlocal now
-        init(trainer, device)
-        now = trainer.progress
-
-    monkeypatch.setattr(Trainer, "__init__", watched)
     monkeypatch.setattr(script_unet, "diffusion_loss", spoiled)
 
 
@@ -648,21 +694,6 @@ def test_signal_after_divergence_overwrites_nothing_good(run, monkeypatch, spoil
     assert read_checkpoint(checkpoint("last"))["progress"]["epoch"] == 1
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"not a checkpoint", "truncated", {"model": {}}, [1, 2], {"code": Path("executed")}])
-def test_bad_checkpoint_is_refused_by_name(tmp_path, undisturbed, content):
-    path = tmp_path / "bad.pt"
-    if content == "truncated":
-        content = checkpoint("last", undisturbed[0]).read_bytes()[:-3000]
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        torch.save(content, path)
-    for read in (read_checkpoint, load_denoiser):
-        with pytest.raises(UserError, match="bad.pt"):
-            read(path)
-
-
 def test_checkpoint_whose_constants_do_not_fit_its_weights_is_refused_by_name(
         tmp_path, undisturbed):
     state = read_checkpoint(checkpoint("last", undisturbed[0]))
@@ -687,10 +718,7 @@ def test_missing_checkpoint_is_refused_by_name():
 
 
 def test_failed_write_leaves_the_old_file_and_no_half_one(tmp_path, monkeypatch):
-    def full(*_args):
-        raise OSError(28, "No space left on device")
-
-    path = tmp_path / "file"
+    full, path = raising(OSError(28, "No space left on device")), tmp_path / "file"
     atomic_write(path, b"old")
     for function in ("fsync", "replace"):
         with monkeypatch.context() as patch:
@@ -709,10 +737,10 @@ def test_failed_write_leaves_the_old_file_and_no_half_one(tmp_path, monkeypatch)
     assert path.read_bytes() == b"new"
 
 
-def test_folder_that_is_deleted_during_a_run_is_made_again(tmp_path):
-    path = tmp_path / "deleted" / "pictures" / "epoch_2_samples.png"
-    atomic_write(path, b"new")
-    assert path.read_bytes() == b"new"
+def test_folder_that_is_deleted_during_a_run_is_made_again(tiny, monkeypatch):
+    before_step(monkeypatch, STEPS + 1, lambda: shutil.rmtree(tiny.PICTURE_DIR))
+    main()
+    assert len(list(Path(tiny.PICTURE_DIR).iterdir())) == 2     # the second epoch's
 
 
 def test_messages_say_what_to_set_so_that_the_next_start_goes_on(tmp_path, monkeypatch):
@@ -727,6 +755,14 @@ def test_messages_say_what_to_set_so_that_the_next_start_goes_on(tmp_path, monke
     assert all(text.endswith("run the same command again") for text in messages())
     monkeypatch.setattr(script_unet, "RESUME", False)   # which would set aside what is there
     assert all(text.endswith("again with RESUME = True") for text in messages())
+
+
+def test_whole_file_is_handed_to_the_system_before_it_is_flushed_to_the_disk(
+        tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(os, "fsync", lambda number: sizes.append(os.fstat(number).st_size))
+    atomic_write(tmp_path / "file", b"new")
+    assert sizes == [3]
 
 
 def test_process_other_than_the_first_writes_nothing(tmp_path, monkeypatch):
@@ -772,6 +808,18 @@ def test_damaged_best_checkpoint_is_replaced_by_the_best_of_what_is_left(run, mo
         assert read_checkpoint(checkpoint("best_model"))["progress"]["epoch"] == best
 
 
+def test_best_checkpoint_that_is_lost_within_an_epoch_has_a_successor_at_once(run, monkeypatch):
+    before_step(monkeypatch, STEPS + 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit):
+        run()
+    checkpoint("best_model").unlink()
+    before_step(monkeypatch, STEPS + 3, fail)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run()
+    best, last = (read_checkpoint(checkpoint(what)) for what in ("best_model", "last"))
+    assert best["progress"]["best_epoch"] == 1 and same(best["average"], last["average"])
+
+
 @pytest.mark.parametrize("epochs, sources", [(6, (0, 1, 1, 1)), (14, (0, 1, 2, 2))])
 def test_guide_is_the_average_for_three_epochs_or_a_quarter_and_then_stays_behind(
         run, monkeypatch, epochs, sources):
@@ -790,15 +838,6 @@ def test_guide_is_the_average_for_three_epochs_or_a_quarter_and_then_stays_behin
     assert not same(states[1]["guide"], states[0]["guide"])
 
 
-def test_pictures_of_a_run_are_guided(tiny, monkeypatch):
-    monkeypatch.setattr(tiny, "GUIDANCE_SCALE", 2.0)
-    monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 2)
-    trainer, asked = Trainer(CPU), []
-    trainer.guide.register_forward_hook(lambda *_: asked.append(1))
-    generate_visualizations(trainer.average, 1)
-    assert len(asked) == TINY["SAMPLING_STEPS"]
-
-
 def test_loaded_denoiser_is_guided_by_the_checkpoints_guide(undisturbed):
     path = checkpoint("last", undisturbed[0])
     model, state = load_denoiser(path, CPU), read_checkpoint(path)
@@ -806,19 +845,6 @@ def test_loaded_denoiser_is_guided_by_the_checkpoints_guide(undisturbed):
     assert not model.guide[0].training and not same(state["guide"], state["average"])
     drawn = [sample(model, [1, 2], guidance_scale=scale) for scale in (1.0, 3.0)]
     assert (drawn[0] - drawn[1]).abs().max() > 1e-3
-
-
-def test_checkpoint_of_a_version_without_a_guide_samples_and_resumes(run, monkeypatch):
-    monkeypatch.setattr(script_unet, "EPOCHS", 1)
-    run()
-    state = torch.load(checkpoint("last"), weights_only=True)
-    del state["guide"]
-    for path in Path().glob("*.pt"):
-        torch.save(state, path)
-    assert sample(load_denoiser(checkpoint("last")), [1], guidance_scale=2.0).isfinite().all()
-    monkeypatch.setattr(script_unet, "EPOCHS", 2)
-    run()
-    assert read_checkpoint(checkpoint("last"))["progress"]["epoch"] == 2
 
 
 def test_samples_and_heldout_loss_take_500_images_at_a_time_without_gradients(tiny):
@@ -934,11 +960,19 @@ def test_randomness_of_a_step_is_a_function_of_seed_and_step(tiny, steps_of, mon
             assert not torch.equal(one[number], other[number]), part
 
 
+def test_first_weights_are_a_function_of_seed(tiny, monkeypatch):
+    weights = []
+    for seed in (0, 1, 1):
+        monkeypatch.setattr(tiny, "SEED", seed)
+        weights.append(dict(Trainer(CPU).model.state_dict()))
+    assert same(weights[1], weights[2]) and not same(weights[0], weights[1])
+
+
 def test_epoch_sees_every_image_with_its_label_and_every_step(
         tiny, steps_of, pictures, monkeypatch):
     monkeypatch.setattr(tiny, "LABEL_DROPOUT", 0.0)
-    first, second = (list(map(torch.cat, zip(*part)))
-                     for part in (lambda seen: (seen[:STEPS], seen[STEPS:]))(steps_of(2 * STEPS)))
+    seen = steps_of(2 * STEPS)
+    first, second = (list(map(torch.cat, zip(*part))) for part in (seen[:STEPS], seen[STEPS:]))
     images, labels = pictures
     expected = sorted((bytes(x.flatten().tolist()), y) for x, y in zip(images, labels.tolist()))
     for x_start, t, y, noise in (first, second):
@@ -1083,13 +1117,11 @@ def test_dropout_is_the_constants(tiny, monkeypatch):
     assert {part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)} == {0.3}
 
 
-@pytest.mark.parametrize("cuda, mps, processes, wanted", [
-    (True, True, 1, "cuda"), (True, False, 2, "cuda"), (False, True, 1, "mps"),
-    (False, True, 2, "cpu"), (False, False, 1, "cpu")])     # gloo does not know MPS
-def test_a_gpu_is_used_when_there_is_one(monkeypatch, cuda, mps, processes, wanted):
+@pytest.mark.parametrize("cuda, mps, wanted", [
+    (True, False, "cuda"), (False, True, "cpu"), (False, False, "cpu")])
+def test_nvidias_gpu_is_used_when_there_is_one_and_apples_is_not(monkeypatch, cuda, mps, wanted):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    monkeypatch.setattr(script_unet, "WORLD_SIZE", processes)
     assert pick_device().type == wanted
 
 
@@ -1155,189 +1187,3 @@ def test_run_on_the_gpu_learns_and_its_checkpoint_samples_on_the_cpu(
         patch.setattr(script_unet, "PRECISION", "fp32")
         images = sample(on_gpu, range(10)).cpu()
         assert (sample(on_cpu, range(10)) - images).abs().mean() < 0.02
-
-
-# Pictures
-
-def coded_sample(level):
-    """A stand-in for sample(): image j of class c is at step k all of gray level(c, j, k)."""
-    def fake(model, labels, *_args, callback, **_kwargs):
-        column = torch.arange(len(labels)) - torch.searchsorted(labels, labels)
-        for k, t in enumerate((19, 13, 6, 0, -1)):
-            gray = level(labels, column, torch.full_like(labels, k)).float() / 127.5 - 1
-            images = gray.view(-1, 1, 1, 1).expand(-1, -1, 28, 28)
-            callback(t, images)
-        return images
-
-    return fake
-
-
-@pytest.mark.parametrize("folder, wanted", [("", "epoch_7_samples.png"),
-                                            ("a/b/", "a/b/epoch_7_samples.png")])
-def test_pictures_go_to_picture_dir_as_announced(tiny, monkeypatch, capsys, folder, wanted):
-    Path("a/b").mkdir(parents=True)
-    monkeypatch.setattr(tiny, "PICTURE_DIR", folder)
-    model, (images, _) = FashionMNISTUNetDenoiser(), load_fashion_mnist("test")
-    generate_visualizations(model, 7)
-    assert Path(wanted).exists()
-    script_unet.report(model, "folder", images, images, 1)
-    assert f", {Path(wanted).parent}/\n" in capsys.readouterr().out
-
-
-def centre_of(gray, level):
-    """(x, y) of the middle of the cell of that gray level; fails when there is none."""
-    rows, columns = np.nonzero(abs(gray - level) <= 1)     # matplotlib's rounding
-    assert len(rows) > 300, level
-    return np.median(columns), np.median(rows)
-
-
-@pytest.mark.parametrize("kind", ["samples", "generation"])
-def test_picture_has_a_row_a_class_and_columns_in_order_on_a_fixed_gray_scale(
-        tiny, monkeypatch, kind):
-    monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 5)
-    monkeypatch.setattr(tiny, "sample", coded_sample(
-        lambda c, j, k: 17 + 4 * (5 * c + (j if kind == "samples" else k))))
-    generate_visualizations(FashionMNISTUNetDenoiser(), 7)
-    with Image.open(f"{tiny.PICTURE_DIR}/epoch_7_{kind}.png") as image:
-        gray = np.asarray(image.convert("L")).astype(int)
-    x, y = np.array([[centre_of(gray, 17 + 4 * (5 * c + column)) for column in range(5)]
-                     for c in range(10)]).transpose(2, 0, 1)
-    for along in (x, y.T):      # evenly spaced, and aligned within 2 pixels
-        assert np.ptp(along, axis=0).max() <= 2
-        assert np.diff(along[0]).min() > 20 and np.ptp(np.diff(along[0])) <= 4
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are saved, as matplotlib's own, in a list that grows."""
-    saved, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (
-        saved.append(figure), save(figure, *args, **options)))
-    return saved
-
-
-@pytest.mark.parametrize("scale, epochs, shown", [(2.5, 20, "2.5"), (0.0, 50, "1.65")])
-def test_pictures_name_classes_steps_epoch_and_guidance(
-        tiny, monkeypatch, figures, scale, epochs, shown):
-    monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 3)
-    monkeypatch.setattr(tiny, "GUIDANCE_SCALE", scale)
-    model = FashionMNISTUNetDenoiser()
-    model.epochs.fill_(epochs)
-    generate_visualizations(model, 7)
-    assert len(figures) == 2
-    for figure in figures:
-        axes, = figure.axes
-        for part in ("epoch 7", "4 of 20 steps", f"guidance {shown}"):
-            assert part in axes.get_title()
-        title = axes.title.get_window_extent()
-        assert 0 < title.x0 and title.x1 < figure.bbox.x1
-        names = [label.get_text() for label in axes.get_yticklabels()]
-        assert names == FashionMNIST.classes and axes.axison
-        height = axes.get_images()[0].get_array().shape[0]
-        rows = [int(tick * 10 / height) for tick in axes.get_yticks()]
-        assert rows == list(range(10))
-    names = [[label.get_text() for label in figure.axes[0].get_xticklabels()]
-             for figure in figures]
-    visited = []
-    sample(FashionMNISTUNetDenoiser(), [0], callback=lambda t, x_t: visited.append(t))
-    assert visited[0] == 19 and visited[-1] == -1 and len(visited) == 5
-    assert any(["t = 19", f"t = {t}", "image"] in names for t in visited[1:3])
-
-
-def test_pictures_of_all_epochs_start_from_the_same_noise_in_one_batch(tiny, monkeypatch):
-    noise, sizes, draw, model = [], [], tiny.sample, FashionMNISTUNetDenoiser()
-    model.register_forward_hook(lambda _model, _args, v: sizes.append(len(v)))
-
-    def watched(*args, callback, **options):
-        def both(t, x_t):
-            noise.extend([x_t.clone()] * (t == 19))
-            callback(t, x_t)
-        return draw(*args, callback=both, **options)
-
-    monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 3)
-    monkeypatch.setattr(tiny, "sample", watched)
-    for epoch in (1, 2):
-        generate_visualizations(model, epoch)
-    assert len(noise) == 2 and torch.equal(*noise)
-    assert sizes == [3 * 10] * (2 * TINY["SAMPLING_STEPS"])
-
-
-def test_loss_picture_draws_both_losses_by_noise_level_from_the_first_epoch(tiny, figures):
-    row = {f"{kind}_{level}": 0.1 * number for number, (kind, level) in enumerate(
-        ((kind, level) for kind in ("train", "heldout")
-         for level in ("loss", "early", "middle", "late")), start=1)}
-    draw_losses([{"epoch": 1, **row}])
-    lines = [line for axes in figures[0].axes for line in axes.lines]
-    named = {line.get_label().split(":")[0].replace(" ", "_"): line for line in lines}
-    assert {name: line.get_ydata()[0] for name, line in named.items()} == pytest.approx(row)
-    for line in lines:
-        assert (line.get_linestyle() == "--") == line.get_label().startswith("train")
-    assert all(axes.get_yscale() == "log" for axes in figures[0].axes)
-    assert Path("training_loss.png").exists()
-
-
-@pytest.mark.parametrize("epochs", [1, 3, 150])
-def test_loss_picture_can_be_read_off_it_has_decimals_whole_epochs_and_the_last_losses(
-        tiny, figures, epochs):
-    draw_losses([{"epoch": epoch, **{
-        f"{kind}_{level}": factor * (0.12 + 0.2 / epoch**2)
-        for kind, factor in (("train", 1), ("heldout", 0.9))
-        for level in ("loss", "early", "middle", "late")}} for epoch in range(1, epochs + 1)])
-    for axes in figures[0].axes:
-        for axis, (least, most) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-            labels = {tick: label.get_text() for tick, label in
-                      zip(axis.get_majorticklocs(), axis.get_majorticklabels())
-                      if least <= tick <= most}
-            assert all(float(text) == pytest.approx(tick) for tick, text in labels.items())
-            if axis is axes.xaxis:
-                assert labels and all(tick == int(tick) for tick in labels)
-            else:
-                assert 5 <= len(labels) <= 13
-                assert not any(label.get_text() for label in axis.get_minorticklabels())
-        for line in axes.lines:
-            assert line.get_label().endswith(f": {line.get_ydata()[-1]:.4f}")
-
-
-@pytest.mark.parametrize("steps, seconds", [(22, 4.2), (100, 7), (250, 7)])
-def test_gif_of_many_steps_stays_short(tiny, monkeypatch, steps, seconds):
-    for name, value in (("NUM_DIFFUSION_STEPS", steps), ("SAMPLING_STEPS", steps),
-                        ("PICTURE_COLUMNS", 2)):
-        monkeypatch.setattr(tiny, name, value)
-    generate_visualizations(FashionMNISTUNetDenoiser(), 7, final=True)
-    with Image.open("final_fashion_mnist_generation.gif") as gif:
-        assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(gif)) == (
-            pytest.approx(1000 * seconds))
-
-
-def test_gif_ends_with_the_first_final_image_of_each_class(tiny, monkeypatch):
-    monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 2)
-    monkeypatch.setattr(tiny, "sample", coded_sample(lambda c, j, k: 2 * (5 * c + k) + 101 * j))
-    generate_visualizations(FashionMNISTUNetDenoiser(), 7, final=True)
-    with Image.open("final_fashion_mnist_generation.gif") as gif:
-        for k in range(gif.n_frames):
-            gif.seek(k)
-            cells = np.asarray(gif.convert("L"))[14::30, 14::30]
-            assert cells.flatten().tolist() == [2 * (5 * c + k) for c in range(10)]
-    assert k == 4 and Path("final_fashion_mnist_samples.png").exists()
-
-
-def test_pictures_keep_no_more_of_each_step_than_they_show(tiny, monkeypatch):
-    frames, draw = [], tiny.mosaic
-
-    def watched(images, columns):
-        frames.append(images.untyped_storage().nbytes() / images.nbytes)
-        return draw(images, columns)
-
-    monkeypatch.setattr(tiny, "mosaic", watched)
-    generate_visualizations(FashionMNISTUNetDenoiser(), 7, final=True)
-    assert frames[1:] == [1] * (TINY["SAMPLING_STEPS"] + 1)
-
-
-def test_mosaic_places_images_row_by_row_between_white_lines():
-    grays = torch.tensor([0, 50, 100, 150, 200, 250])
-    images = (grays.float() / 127.5 - 1).view(6, 1, 1, 1).expand(-1, -1, 4, 4)
-    expected = np.full((10, 16), 255)
-    for i, gray in enumerate(grays.tolist()):
-        top, left = i // 3 * 6, i % 3 * 6
-        expected[top:top + 4, left:left + 4] = gray
-    np.testing.assert_array_equal(mosaic(images, 3), expected)

@@ -6,7 +6,6 @@ Each argument is Python, executed before main(): a constant to set, or a call of
 here.
 """
 
-import functools
 import gc
 import itertools
 import os
@@ -93,7 +92,6 @@ def note_memory():
 
 
 if __name__ == "__main__":
-    torch.backends.mps.is_available = functools.cache(lambda: False)
     gc.freeze()     # the collection at the end of each epoch is faster so
     vars(script_unet).update(TINY)
     for line in sys.argv[1:]:

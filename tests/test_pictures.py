@@ -1,0 +1,210 @@
+"""The pictures of an epoch, the losses' and the final ones: what they show, and where."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from matplotlib.figure import Figure
+from PIL import Image, ImageSequence
+from torchvision.datasets import FashionMNIST
+
+import script_unet
+from script_unet import (FashionMNISTUNetDenoiser, Trainer, draw_losses, generate_visualizations,
+                         load_fashion_mnist, mosaic, sample)
+
+
+def coded_sample(level):
+    """A stand-in for sample(): image j of class c is at step k all of gray level(c, j, k)."""
+    def fake(model, labels, *_args, callback, **_kwargs):
+        column = torch.arange(len(labels)) - torch.searchsorted(labels, labels)
+        for k, t in enumerate((19, 13, 6, 0, -1)):
+            gray = level(labels, column, torch.full_like(labels, k)).float() / 127.5 - 1
+            images = gray.view(-1, 1, 1, 1).expand(-1, -1, 28, 28)
+            callback(t, images)
+        return images
+
+    return fake
+
+
+@pytest.mark.parametrize("folder, wanted", [("", "epoch_7_samples.png"),
+                                            ("a/b/", "a/b/epoch_7_samples.png")])
+def test_pictures_go_to_picture_dir_as_announced(tiny, monkeypatch, capsys, folder, wanted):
+    Path("a/b").mkdir(parents=True)
+    monkeypatch.setattr(tiny, "PICTURE_DIR", folder)
+    model, (images, _) = FashionMNISTUNetDenoiser(), load_fashion_mnist("test")
+    generate_visualizations(model, 7)
+    assert Path(wanted).exists()
+    script_unet.report(model, "folder", images, images, 1)
+    assert f", {Path(wanted).parent}/\n" in capsys.readouterr().out
+
+
+def centre_of(gray, level):
+    """(x, y) of the middle of the cell of that gray level; fails when there is none."""
+    rows, columns = np.nonzero(abs(gray - level) <= 1)     # matplotlib's rounding
+    assert len(rows) > 300, level
+    return np.median(columns), np.median(rows)
+
+
+@pytest.mark.parametrize("kind", ["samples", "generation"])
+def test_picture_has_a_row_a_class_and_columns_in_order_on_a_fixed_gray_scale(
+        tiny, monkeypatch, kind):
+    monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 5)
+    monkeypatch.setattr(tiny, "sample", coded_sample(
+        lambda c, j, k: 17 + 4 * (5 * c + (j if kind == "samples" else k))))
+    generate_visualizations(FashionMNISTUNetDenoiser(), 7)
+    with Image.open(f"{tiny.PICTURE_DIR}/epoch_7_{kind}.png") as image:
+        gray = np.asarray(image.convert("L")).astype(int)
+    x, y = np.array([[centre_of(gray, 17 + 4 * (5 * c + column)) for column in range(5)]
+                     for c in range(10)]).transpose(2, 0, 1)
+    for along in (x, y.T):      # evenly spaced, and aligned within 2 pixels
+        assert np.ptp(along, axis=0).max() <= 2
+        assert np.diff(along[0]).min() > 20 and np.ptp(np.diff(along[0])) <= 4
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, as matplotlib's own, in a list that grows."""
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (
+        saved.append(figure), save(figure, *args, **options)))
+    return saved
+
+
+@pytest.mark.parametrize("scale, epochs, shown", [(2.5, 20, "2.5"), (0.0, 50, "1.65")])
+def test_pictures_name_classes_steps_epoch_and_guidance(
+        tiny, monkeypatch, figures, scale, epochs, shown):
+    monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 3)
+    monkeypatch.setattr(tiny, "GUIDANCE_SCALE", scale)
+    model = FashionMNISTUNetDenoiser()
+    model.epochs.fill_(epochs)
+    generate_visualizations(model, 7)
+    assert len(figures) == 2
+    for figure in figures:
+        axes, = figure.axes
+        for part in ("epoch 7", "4 of 20 steps", f"guidance {shown}"):
+            assert part in axes.get_title()
+        title = axes.title.get_window_extent()
+        assert 0 < title.x0 and title.x1 < figure.bbox.x1
+        names = [label.get_text() for label in axes.get_yticklabels()]
+        assert names == FashionMNIST.classes and axes.axison
+        height = axes.get_images()[0].get_array().shape[0]
+        rows = [int(tick * 10 / height) for tick in axes.get_yticks()]
+        assert rows == list(range(10))
+    names = [[label.get_text() for label in figure.axes[0].get_xticklabels()]
+             for figure in figures]
+    visited = []
+    sample(FashionMNISTUNetDenoiser(), [0], callback=lambda t, x_t: visited.append(t))
+    assert visited[0] == 19 and visited[-1] == -1 and len(visited) == 5
+    assert any(["t = 19", f"t = {t}", "image"] in names for t in visited[1:3])
+
+
+def test_pictures_of_a_run_are_guided(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "GUIDANCE_SCALE", 2.0)
+    monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 2)
+    trainer, asked = Trainer(torch.device("cpu")), []
+    trainer.guide.register_forward_hook(lambda *_: asked.append(1))
+    generate_visualizations(trainer.average, 1)
+    assert len(asked) == TINY["SAMPLING_STEPS"]
+
+
+def test_pictures_of_all_epochs_start_from_the_same_noise_in_one_batch(tiny, monkeypatch):
+    noise, sizes, draw, model = [], [], tiny.sample, FashionMNISTUNetDenoiser()
+    model.register_forward_hook(lambda _model, _args, v: sizes.append(len(v)))
+
+    def watched(*args, callback, **options):
+        def both(t, x_t):
+            noise.extend([x_t.clone()] * (t == 19))
+            callback(t, x_t)
+        return draw(*args, callback=both, **options)
+
+    monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 3)
+    monkeypatch.setattr(tiny, "sample", watched)
+    for epoch in (1, 2):
+        generate_visualizations(model, epoch)
+    assert len(noise) == 2 and torch.equal(*noise)
+    assert sizes == [3 * 10] * (2 * TINY["SAMPLING_STEPS"])
+
+
+def test_loss_picture_draws_both_losses_by_noise_level_from_the_first_epoch(tiny, figures):
+    row = {f"{kind}_{level}": 0.1 * number for number, (kind, level) in enumerate(
+        ((kind, level) for kind in ("train", "heldout")
+         for level in ("loss", "early", "middle", "late")), start=1)}
+    draw_losses([{"epoch": 1, **row}])
+    lines = [line for axes in figures[0].axes for line in axes.lines]
+    named = {line.get_label().split(":")[0].replace(" ", "_"): line for line in lines}
+    assert {name: line.get_ydata()[0] for name, line in named.items()} == pytest.approx(row)
+    for line in lines:
+        assert (line.get_linestyle() == "--") == line.get_label().startswith("train")
+    for axes, title, levels in zip(figures[0].axes, ("All steps", "By noise level"), (1, 3)):
+        assert axes.get_title().startswith(title) and len(axes.lines) == 2 * levels
+        assert axes.get_yscale() == "log"
+    assert Path("training_loss.png").exists()
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 150])
+def test_loss_picture_can_be_read_off_it_has_decimals_whole_epochs_and_the_last_losses(
+        tiny, figures, epochs):
+    draw_losses([{"epoch": epoch, **{
+        f"{kind}_{level}": factor * (0.12 + 0.2 / epoch**2)
+        for kind, factor in (("train", 1), ("heldout", 0.9))
+        for level in ("loss", "early", "middle", "late")}} for epoch in range(1, epochs + 1)])
+    for axes in figures[0].axes:
+        for axis, (least, most) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            labels = {tick: label.get_text() for tick, label in
+                      zip(axis.get_majorticklocs(), axis.get_majorticklabels())
+                      if least <= tick <= most}
+            assert all(float(text) == pytest.approx(tick) for tick, text in labels.items())
+            if axis is axes.xaxis:
+                assert labels and all(tick == int(tick) for tick in labels)
+            else:
+                assert 5 <= len(labels) <= 13
+                assert not any(label.get_text() for label in axis.get_minorticklabels())
+        for line in axes.lines:
+            assert line.get_label().endswith(f": {line.get_ydata()[-1]:.4f}")
+
+
+@pytest.mark.parametrize("steps, seconds", [(22, 4.2), (100, 7), (250, 7)])
+def test_gif_of_many_steps_stays_short(tiny, monkeypatch, steps, seconds):
+    for name, value in (("NUM_DIFFUSION_STEPS", steps), ("SAMPLING_STEPS", steps),
+                        ("PICTURE_COLUMNS", 2)):
+        monkeypatch.setattr(tiny, name, value)
+    generate_visualizations(FashionMNISTUNetDenoiser(), 7, final=True)
+    with Image.open("final_fashion_mnist_generation.gif") as gif:
+        assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(gif)) == (
+            pytest.approx(1000 * seconds))
+
+
+def test_gif_ends_with_the_first_final_image_of_each_class(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 2)
+    monkeypatch.setattr(tiny, "sample", coded_sample(lambda c, j, k: 2 * (5 * c + k) + 101 * j))
+    generate_visualizations(FashionMNISTUNetDenoiser(), 7, final=True)
+    with Image.open("final_fashion_mnist_generation.gif") as gif:
+        for k in range(gif.n_frames):
+            gif.seek(k)
+            cells = np.asarray(gif.convert("L"))[14::30, 14::30]
+            assert cells.flatten().tolist() == [2 * (5 * c + k) for c in range(10)]
+    assert k == 4 and Path("final_fashion_mnist_samples.png").exists()
+
+
+def test_pictures_keep_no_more_of_each_step_than_they_show(tiny, monkeypatch):
+    frames, draw = [], tiny.mosaic
+
+    def watched(images, columns):
+        frames.append(images.untyped_storage().nbytes() / images.nbytes)
+        return draw(images, columns)
+
+    monkeypatch.setattr(tiny, "mosaic", watched)
+    generate_visualizations(FashionMNISTUNetDenoiser(), 7, final=True)
+    assert frames[1:] == [1] * (TINY["SAMPLING_STEPS"] + 1)
+
+
+def test_mosaic_places_images_row_by_row_between_white_lines():
+    grays = torch.tensor([0, 50, 100, 150, 200, 250])
+    images = (grays.float() / 127.5 - 1).view(6, 1, 1, 1).expand(-1, -1, 4, 4)
+    expected = np.full((10, 16), 255)
+    for i, gray in enumerate(grays.tolist()):
+        top, left = i // 3 * 6, i % 3 * 6
+        expected[top:top + 4, left:left + 4] = gray
+    np.testing.assert_array_equal(mosaic(images, 3), expected)
