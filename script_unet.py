@@ -592,7 +592,7 @@ def newest_checkpoint(constants):
             state = read_checkpoint(path)
             newest = max(newest, (state["progress"]["step"], path, state), key=lambda new: new[0])
         except UserError as error:
-            if isinstance(error.__cause__, (OSError, MemoryError)): raise   # it may be whole
+            if isinstance(error.__cause__, OSError): raise  # not permitted, say: it may be whole
             aside = next(new for i in range(1, 9999) if not (new := Path(f"{path}.{i}")).exists())
             print(f"{error}: {path} is kept as {path.rename(aside)}", flush=True)
     theirs = newest[2]["constants"]

