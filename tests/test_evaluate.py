@@ -1,13 +1,9 @@
 """tests/benchmarks/evaluate.py: its figures are what their definitions say, worked out by hand."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
-import evaluate  # noqa: E402
+import evaluate
 
 
 def points(*places):

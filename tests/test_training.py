@@ -79,6 +79,22 @@ def before_step(monkeypatch, number, act):
 fail = raising(RuntimeError("power cut"))
 
 
+def crash_before_writing(run, monkeypatch, due):
+    """A run that crashes when it is to write the first file for which due(path, data)."""
+    with monkeypatch.context() as patch:
+        patch.setattr(script_unet, "atomic_write", lambda path, data: (
+            fail() if due(path, data) else atomic_write(path, data)))
+        with pytest.raises(RuntimeError, match="power cut"):
+            run()
+
+
+def plan_heldout_losses(monkeypatch, *losses):
+    """Have the epochs' held-out losses be these."""
+    planned = iter(losses)
+    monkeypatch.setattr(script_unet, "heldout_loss", lambda *_args: dict.fromkeys(
+        ("loss", "early", "middle", "late"), next(planned)))
+
+
 # What a whole run leaves
 
 def test_run_writes_exactly_its_outputs(undisturbed):
@@ -188,9 +204,7 @@ def test_first_line_says_what_the_cpu_computes_in(tiny, monkeypatch, capsys, has
 
 def test_lines_of_a_run_say_its_steps_its_losses_and_which_epoch_was_best(
         run, monkeypatch, capsys):
-    losses = iter([1.0, 0.5, 0.7])
-    monkeypatch.setattr(script_unet, "heldout_loss", lambda *_args: dict.fromkeys(
-        ("loss", "early", "middle", "late"), next(losses)))
+    plan_heldout_losses(monkeypatch, 1.0, 0.5, 0.7)
     run()
     said = capsys.readouterr().out
     assert f"\ntraining   3 epochs of {STEPS} steps of 100\n" in said
@@ -482,15 +496,8 @@ def test_run_that_crashes_while_drawing_goes_on_from_the_epoch_before(
 
 def test_run_that_crashes_before_its_log_goes_on_from_the_epoch_before(
         run, undisturbed, monkeypatch):
-    def write(path, data):
-        if path == "training_log.csv" and data.count(b"\n") == 3:      # the second epoch's
-            fail()
-        atomic_write(path, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(script_unet, "atomic_write", write)
-        with pytest.raises(RuntimeError, match="power cut"):
-            run()
+    crash_before_writing(run, monkeypatch, lambda path, data: (
+        path == "training_log.csv" and data.count(b"\n") == 3))     # the second epoch's
     assert read_checkpoint(checkpoint("last"))["progress"]["epoch"] == 1
     run()
     assert_as_undisturbed(undisturbed)
@@ -499,16 +506,9 @@ def test_run_that_crashes_before_its_log_goes_on_from_the_epoch_before(
 @pytest.mark.parametrize("missing", ["best_model", "last"])
 def test_files_that_a_crash_at_the_end_of_an_epoch_left_out_are_written_after_all(
         run, monkeypatch, missing):
-    def write(path, data):
-        if checkpoint("epoch_2").exists() and path == checkpoint(missing):
-            fail()
-        atomic_write(path, data)
-
     monkeypatch.setattr(script_unet, "EPOCHS", 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(script_unet, "atomic_write", write)
-        with pytest.raises(RuntimeError, match="power cut"):
-            run()
+    crash_before_writing(run, monkeypatch, lambda path, data: (
+        checkpoint("epoch_2").exists() and path == checkpoint(missing)))
     assert read_checkpoint(checkpoint("last"))["progress"]["epoch"] == 1
     run()
     last, best, numbered = (read_checkpoint(checkpoint(what))
@@ -795,9 +795,7 @@ def test_best_is_the_lowest_heldout_loss_of_the_averaged_weights_which_are_drawn
 
 
 def test_damaged_best_checkpoint_is_replaced_by_the_best_of_what_is_left(run, monkeypatch):
-    losses = iter([0.5, 0.6, 0.7, 0.55])
-    monkeypatch.setattr(script_unet, "heldout_loss", lambda *_args: dict.fromkeys(
-        ("loss", "early", "middle", "late"), next(losses)))
+    plan_heldout_losses(monkeypatch, 0.5, 0.6, 0.7, 0.55)
     monkeypatch.setattr(script_unet, "EPOCHS", 2)
     run()
     checkpoint("best_model").write_bytes(b"damaged")

@@ -8,9 +8,7 @@ import pytest
 import torch
 
 import script_unet
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
-import trials  # noqa: E402
+import trials
 
 AVAILABLE = torch.cuda.is_available()       # which the fixture `tiny` hides
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(

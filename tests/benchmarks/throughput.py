@@ -70,7 +70,7 @@ contender = {}  # in a contender's process: its step, and the device
 
 
 def set_up(name, keep_freed_memory, peer_batch_size):
-    """Build a contender in this process. Gives its number of parameters, and what it is of."""
+    """Build a contender in this process. Gives its number of parameters and its package."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C: end without a traceback of its own
     if keep_freed_memory:
         script_unet.keep_freed_memory()
