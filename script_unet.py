@@ -1,7 +1,7 @@
 """Train a class-conditional denoising diffusion model on Fashion-MNIST, in one file.
 
-Edit the constants, run `python script_unet.py`, open the PNGs: two Xeon cores take 2.3 h. With
-EPOCHS = 14 it is 11 min, and a classifier knows the clothes as often as real ones (see README.md).
+Edit the constants, run `python script_unet.py`, open the PNGs: two cores of an AMX Xeon take 2.3 h,
+11 min with EPOCHS = 14, and a classifier then knows the clothes as often as real ones (README.md).
 
 An image is mixed with ever more noise in T steps; a network learns to tell them apart; sampling
 walks back from pure noise. x_start: a clean image, float (B, 1, H, W) in [-1, 1]; t (B,): the index
@@ -66,7 +66,7 @@ BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled b
 SAMPLING_STEPS = 22         # of the T steps; more are slower and hardly better
 SAMPLING_ETA = 0.0          # noise added at each step: 0: none [6]; 1: all of DDPM's [1, 3]
 SAMPLING_GRAIN = 0.75       # gray levels of noise left on clothes, as cloth has grain; 0: none
-GUIDANCE_SCALE = 0.0        # 0: 2.8 to 1.5, by epochs; 1: off; more: clearer [10], less varied [5]
+GUIDANCE_SCALE = 0.0        # 0: 2.8 to 1.5, by epochs; 1: off; more: clearer classes, less real
 # Machine and output, in the working directory
 PRECISION = "auto"          # "auto": bf16 where the hardware computes in it; or "bf16", "fp32"
 RESUME = True               # go on from the newest checkpoint; False sets older ones aside
@@ -81,16 +81,16 @@ NUM_CLASSES = len(CLASS_NAMES)  # labels 0 ... 9; label 10 is the null class: an
 FORMAT = 5  # of the checkpoints, raised when weights of an older version no longer fit
 MODEL_CONSTANTS = ("FORMAT", "IMG_SIZE", "NUM_CLASSES", "PATCH_SIZE", "CHANNELS", "BLOCKS",
                    "EMBEDDING_DIM", "ATTENTION_HEAD_DIM", "NUM_DIFFUSION_STEPS", "BETA_SCHEDULE",
-                   "BETA_START", "BETA_END")  # fixed by training; last 4: noise_schedule()'s
+                   "BETA_START", "BETA_END")  # fixed by training
 # Set by torchrun: how many processes there are, and this one's number among them
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-RANK = int(os.environ.get("RANK", 0)) * (WORLD_SIZE > 1)    # other launchers may set it alone
+RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # other launchers may set it alone
 
 class UserError(Exception):
     """Something that the user can mend; the message names the constant or the file."""
 
 def again():  # for messages: RESUME = False would set aside what there is to go on from
-    return f"run the same command again{' with RESUME = True' * (not RESUME)}"
+    return f"run the same command again{'' if RESUME else ' with RESUME = True'}"
 def model_constants():
     return {name: globals()[name] for name in MODEL_CONSTANTS}
 
@@ -168,7 +168,7 @@ def to_uint8(images):  # to_float's inverse, clipped
 class Conv1x1(nn.Conv2d):  # (B, in, H, W) -> (B, out, H, W), as a matrix product: faster with AMX
     def forward(self, x):
         weight = self.weight.movedim(1, 3).flatten(1)   # so its gradient is channels_last as well
-        return F.linear(x.movedim(1, 3), weight, self.bias).movedim(3, 1)
+        return F.linear(x.movedim(1, 3), weight, self.bias).movedim(3, 1)   # (B, out, H, W)
 
 class PatchConv(nn.Module):
     """Non-overlapping p x p patches to one pixel each; (B, in, H, W) -> (B, out, H/p, W/p).
@@ -196,8 +196,8 @@ class PatchExpand(nn.Module):
         x = self.conv(x).permute(0, 2, 3, 1).unflatten(3, (self.patch_size, self.patch_size, -1))
         x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)   # not yet cropped
         top, left = (x.shape[-2] - size[0]) // 2, (x.shape[-1] - size[1]) // 2
-        x = x[..., top:top + size[0], left:left + size[1]]          # (B, out, H, W)
-        return x.contiguous(memory_format=torch.channels_last)
+        x = x[..., top:top + size[0], left:left + size[1]]
+        return x.contiguous(memory_format=torch.channels_last)      # (B, out, H, W)
 
 class DoubleConv(nn.Module):
     """Convolutions in two halves; (B, C, H, W), emb (B, E) -> same; between, emb scales and shifts.
@@ -265,30 +265,29 @@ class SelfAttention(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)                    # (B, N, C), N = H W
         qkv = self.qkv(tokens).unflatten(2, (3, self.heads, -1))            # (B, N, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, heads, N, d)
-        context = k.softmax(-2).to(v.dtype).transpose(-1, -2) @ v           # (B, heads, d, d)
-        mixed = (q.softmax(-1).to(v.dtype) @ context).transpose(1, 2)       # (B, N, heads, d)
+        context = k.softmax(-2).transpose(-1, -2) @ v                       # (B, heads, d, d)
+        mixed = (q.softmax(-1) @ context).transpose(1, 2)                   # (B, N, heads, d)
         return x + self.out(mixed.flatten(2)).transpose(1, 2).view_as(x)    # (B, C, H, W)
 
 # ---- The noise schedule, and the model that carries it -----------------------------------------
-def noise_schedule(steps, kind, beta_start, beta_end):
-    """betas (T,), float64. Raises UserError unless abar[T-1] is 1e-30 to 0.001, no beta < 2e-7.
+def alphas_cumprod(constants=None):
+    """abar (T,), float32: the share of x_start's variance that is left in x_t, [1] eq. 4.
     "cosine": [2] eq. 17 with s = 0.008 and betas up to 0.999. "linear": [1] section 4, scaled by
-    1000 / T, so that every T ends in noise, as the published T = 1000 does."""
-    if kind == "cosine":
-        time = torch.arange(steps + 1, dtype=torch.float64) / steps
+    1000 / T, so that every T ends in noise, as the published T = 1000 does. Raises UserError
+    unless abar[T-1] is 1e-30 to 0.001 and no beta is below 2e-7."""
+    c = constants or model_constants()
+    T, start, end = c["NUM_DIFFUSION_STEPS"], c["BETA_START"], c["BETA_END"]
+    if c["BETA_SCHEDULE"] == "cosine":
+        time = torch.arange(T + 1, dtype=torch.float64) / T
         f = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = 1 - f[1:] / f[:-1]
     else:
-        betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64) * 1000 / steps
+        betas = torch.linspace(start, end, T, dtype=torch.float64) * 1000 / T
     betas = betas.clamp(max=0.999)
     if betas.min() < 2e-7 or not 1e-30 < (1 - betas).prod() < 1e-3:  # in float32, 1 - 1e-8 is 1
         raise UserError("BETA_START and BETA_END must leave a share of 1e-30 to 0.001 of the image "
-                        f"at the end, no beta below 2e-7, got {beta_start} and {beta_end}")
-    return betas
-def alphas_cumprod(constants=None):
-    """abar (T,), float32: the share of x_start's variance that is left in x_t, [1] eq. 4."""
-    c = constants or model_constants()
-    return (1 - noise_schedule(*(c[name] for name in MODEL_CONSTANTS[-4:]))).cumprod(0).float()
+                        f"at the end, no beta below 2e-7, got {start} and {end}")
+    return (1 - betas).cumprod(0).float()
 
 def time_embedding(time):
     """Cosines and sines of time (B,) in 0 ... 1 at 32 frequencies from 1 to 1000; (B, 64)."""
@@ -369,7 +368,7 @@ def precision(device):
 def predict_x_start(model, x_t, t, labels):
     """The model's x_start (B, 1, H, W), float32, not clipped."""
     with torch.autocast(t.device.type, torch.bfloat16, enabled=precision(t.device) == "bf16"):
-        v = model(x_t.contiguous(memory_format=torch.channels_last), t, labels)
+        v = model(x_t, t, labels)
     return x_start_from_v(x_t, t, v.float(), model.abar)
 
 def diffusion_loss(model, x_start, t, labels, noise):
@@ -402,12 +401,12 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     abar, size, T = model.abar.tolist(), model.constants["IMG_SIZE"], len(model.abar)
     lam = [math.log(a / (1 - a)) / 2 for a in abar + abar[:1]]      # [6]'s lambda; at -1 as at 0
     abar.append(max(abar[0], 1 - (SAMPLING_GRAIN / 127.5) ** 2))    # [-1]: the image's
-    labels = torch.as_tensor(labels, device=model.abar.device)
+    labels = torch.as_tensor(labels, dtype=torch.long, device=model.abar.device)
     streams = [generator("sample", int(seed), i) for i in range(len(labels))]
     def fresh_noise():  # one stream per image, on the CPU: the same on all machines, in any batch
         noise = [torch.randn(1, 1, size, size, generator=stream) for stream in streams]
         return torch.cat([torch.empty(0, 1, size, size), *noise]).to(labels.device)
-    def predict(net):  # x_start (N, 1, H, W) at the loop's x_t and t
+    def predict(net, x_t, t):  # x_start (N, 1, H, W)
         return torch.cat([predict_x_start(net, x, torch.full_like(y, t), y) for x, y in zip(
             x_t.split(batch_size), labels.split(batch_size))]).clamp(-1, 1)
     x_t, s, scale = fresh_noise(), None, guidance_scale or guidance(model)  # s: the step before t
@@ -416,9 +415,9 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     visited = (u * (T - 1)).round().astype(int).tolist()
     for t, t_next in zip(visited, [*visited[1:], -1]):              # -1: the image
         callback(t, x_t)
-        x_start = predict(model)
+        x_start = predict(model, x_t, t)
         if scale != 1:
-            x_start = torch.lerp(predict(*model.guide), x_start, scale).clamp(-1, 1)
+            x_start = torch.lerp(predict(model.guide[0], x_t, t), x_start, scale).clamp(-1, 1)
         estimate = x_start                                          # (N, 1, H, W)
         if s is not None and eta < 1:
             if eta == 0:  # [6] UniC-1: the step from s to t again, now with both ends' x_start
@@ -455,9 +454,9 @@ def refresh_batch_norm(model, images, labels, batches=20, batch_size=256):
     model.eval()
 
 NOISE_LEVELS = ("early", "middle", "late")  # thirds of the steps, from little to much noise
-def by_noise_level(losses, t, steps):
+def by_noise_level(losses, t, T):
     """(2, 3) sums and counts of the losses (B,) in each third of the steps t (B,)."""
-    level = F.one_hot(t * 3 // steps, 3).float()
+    level = F.one_hot(t * 3 // T, 3).float()
     return torch.stack([losses.detach() @ level, level.sum(0)])
 def mean_losses(sums):
     """by_noise_level's sums as {"loss": ..., "early": ..., "middle": ..., "late": ...}."""
@@ -496,9 +495,9 @@ def save_figure(figure, path):
 
 def mosaic(images, columns, gap=2):
     """Images (N, 1, H, W) in [-1, 1] as one uint8 array, white lines between; columns divides N."""
-    images = F.pad(to_uint8(images.cpu()), (0, gap, 0, gap), value=255)
+    images = F.pad(to_uint8(images.cpu()), (gap, 0, gap, 0), value=255)
     grid = images[:, 0].unflatten(0, (-1, columns)).transpose(1, 2)     # (rows, H, columns, W)
-    return grid.flatten(2).flatten(0, 1)[:-gap, :-gap].numpy()
+    return grid.flatten(2).flatten(0, 1)[gap:, gap:].numpy()
 
 def draw_classes(images, names, title, path):
     """Save images (10 * columns, 1, H, W) on a fixed gray scale: a row per class, named columns."""
@@ -508,7 +507,7 @@ def draw_classes(images, names, title, path):
     axes.imshow(mosaic(images, columns), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_yticks([cell * (row + 0.5) for row in range(NUM_CLASSES)], CLASS_NAMES)
     axes.set_xticks([cell * (column + 0.5) for column in range(columns)], names)
-    axes.tick_params(length=0)
+    axes.tick_params(length=0, grid_alpha=0)  # a style's grid would cross the clothes
     save_figure(figure, path)
 
 def generate_visualizations(model, epoch, final=False):
@@ -576,11 +575,11 @@ def load_denoiser(path, device=None):
         model, guide = both = [FashionMNISTUNetDenoiser(state["constants"]) for _ in range(2)]
         for part, name in zip(both, ("average", "guide")):
             part.load_state_dict(state[name])
-            part.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+            part.eval().requires_grad_(False)
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path} does not fit this script's model: {error}") from error
-    model.guide = (guide,)
-    return model
+    model.guide = (guide.to(device, memory_format=torch.channels_last),)
+    return model.to(device, memory_format=torch.channels_last)
 
 def newest_checkpoint(constants):
     """(path, state) of the newest whole checkpoint, path None for none. Sets damaged ones aside,
@@ -592,9 +591,10 @@ def newest_checkpoint(constants):
             state = read_checkpoint(path)
             newest = max(newest, (state["progress"]["step"], path, state), key=lambda new: new[0])
         except UserError as error:
-            if isinstance(error.__cause__, OSError): raise  # not permitted, say: it may be whole
+            if isinstance(error.__cause__, (OSError, MemoryError)): raise   # it may be whole
             aside = next(new for i in range(1, 9999) if not (new := Path(f"{path}.{i}")).exists())
-            print(f"{error}: {path} is kept as {path.rename(aside)}", flush=True)
+            path.rename(aside)
+            print(f"{error}: {path} is kept as {aside}", flush=True)
     theirs = newest[2]["constants"]
     differing = [f"{name} was {theirs.get(name)}, is {constants.get(name)}"
                  for name in {**constants, **theirs} if theirs.get(name) != constants.get(name)]
@@ -674,11 +674,11 @@ class Trainer:
     def step(self, images, labels):
         """One update, [1] algorithm 1, on the next BATCH_SIZE images (uint8, on the device) of the
         epoch. What is drawn is a function of SEED, epoch and step: the same after a resume."""
-        now, steps, device = self.progress, len(self.model.abar), images.device
+        now, T, device = self.progress, len(self.model.abar), images.device
         batch = epoch_order(SEED, now["epoch"], len(images), device)[now["position"]:][:BATCH_SIZE]
         torch.manual_seed(generator("step", SEED, now["step"]).initial_seed())
         t = torch.arange(BATCH_SIZE, device=device) + torch.rand(BATCH_SIZE, device=device)
-        t = (t * steps / BATCH_SIZE).long().clamp(max=steps - 1)    # spread evenly over 0 ... T-1
+        t = (t * T / BATCH_SIZE).long().clamp(max=T - 1)            # spread evenly over 0 ... T-1
         noise = torch.randn(BATCH_SIZE, *images.shape[1:], device=device)
         dropped = torch.rand(BATCH_SIZE, device=device) < LABEL_DROPOUT
         y = labels[batch].masked_fill(dropped, NUM_CLASSES)
@@ -697,7 +697,7 @@ class Trainer:
                 opt.step()
         self.model.zero_grad()
         now.update(step=now["step"] + 1, position=now["position"] + BATCH_SIZE)
-        now["sums"] = now["sums"].to(device) + over_processes(by_noise_level(losses, t, steps))
+        now["sums"] = now["sums"].to(device) + over_processes(by_noise_level(losses, t, T))
         update_average(self.average, self.model, now["step"])
 
 def finish_average(trainer, images, labels):
@@ -708,7 +708,7 @@ def finish_average(trainer, images, labels):
     if trainer.progress["epoch"] < min(3, EPOCHS / 4):
         trainer.guide.load_state_dict(trainer.average.state_dict())
         classes = trainer.guide.class_embedding.weight
-        classes[:-1].lerp_(classes[-1], 0.2)    # weaker: it errs as the model does, but more
+        classes[:-1].lerp_(classes[-1], 0.2 if LABEL_DROPOUT else 0)    # so it errs alike, but more
 
 def finish_epoch(trainer, images, labels, heldout):
     """Judge the averaged weights, draw, log and, last, save."""
@@ -725,7 +725,7 @@ def finish_epoch(trainer, images, labels, heldout):
         now.update(best_loss=row["heldout_loss"], best_epoch=row["epoch"])
     generate_visualizations(trainer.average, row["epoch"])
     draw_losses(now["history"])
-    table = [row, *(past.values() for past in now["history"])]  # iterating a dict: its keys
+    table = [row.keys(), *(past.values() for past in now["history"])]
     atomic_write("training_log.csv", "".join(",".join(map(str, x)) + "\n" for x in table).encode())
     trainer.save_epoch()
     gc.collect()  # figures are cyclic and would keep their memory for a while
@@ -743,7 +743,7 @@ def train(trainer, images, labels, heldout, stop):
     """Run the epochs that are left. Exits, the state saved, when a signal is added to `stop`."""
     now, per_epoch = trainer.progress, len(images) // BATCH_SIZE * BATCH_SIZE
     with tqdm(total=EPOCHS * per_epoch, initial=now["epoch"] * per_epoch + now["position"],
-              unit=" images", smoothing=0, disable=RANK > 0 or None) as bar:
+              unit=" images", smoothing=0, disable=RANK > 0 or not sys.stderr or None) as bar:
         while now["epoch"] < EPOCHS:
             began, position = time.perf_counter(), now["position"]
             bar.set_description(f"epoch {now['epoch'] + 1}/{EPOCHS}")
@@ -756,12 +756,12 @@ def train(trainer, images, labels, heldout, stop):
                 exit_if_asked(trainer, images, labels, stop)
             rate = (now["position"] - position) / (time.perf_counter() - began)
             finish_epoch(trainer, images, labels, heldout)
-            row, best = now["history"][-1], " (best)" * (now["best_epoch"] == now["epoch"])
+            row, best = now["history"][-1], " (best)" if now["best_epoch"] == now["epoch"] else ""
             seconds = time.perf_counter() - began + position / (rate or math.inf)  # a whole epoch
-            bar.write(f"epoch {now['epoch']}/{EPOCHS}: loss {row['train_loss']:.4f}, held out "
+            with contextlib.suppress(OSError), bar.external_write_mode():   # unheard: trains on
+                print(f"epoch {now['epoch']}/{EPOCHS}: loss {row['train_loss']:.4f}, held out "
                       f"{row['heldout_loss']:.4f}{best}, {rate:.0f} images/s, {seconds:.0f} s, "
-                      f"{(EPOCHS - now['epoch']) * seconds / 60:.0f} min left")
-            sys.stdout.flush()
+                      f"{(EPOCHS - now['epoch']) * seconds / 60:.0f} min left", flush=True)
             exit_if_asked(trainer, images, labels, stop)
 
 # ---- main --------------------------------------------------------------------------------------
@@ -836,7 +836,7 @@ def report(model, folder, images, heldout, epochs_left):
           f"outputs    {checkpoint_path('*')}, training_loss.png, training_log.csv, "
           f"{Path(PICTURE_DIR)}/", flush=True)
     need = 20 * parameters * (4 + EPOCHS // CHECKPOINT_EVERY) + 10**6 * epochs_left  # bytes
-    saved = sum(path.stat().st_size for path in find_checkpoints("*"))
+    saved = sum(p.stat().st_size for p in find_checkpoints("last", "best_model", "epoch_*"))
     if not RANK and (free := shutil.disk_usage(checkpoint_path("last").parent).free + saved) < need:
         raise UserError(f"{checkpoint_path('*').absolute()}: {free / 1e6:.0f} MB free or in these, "
                         f"{need / 1e6:.0f} needed: free some, raise CHECKPOINT_EVERY, lower EPOCHS")
@@ -895,6 +895,6 @@ def main():
 
 if __name__ == "__main__":
     try:
-        main()
+        main() if len(sys.argv) == 1 else sys.exit(__doc__)     # it takes no arguments
     except UserError as error:
         sys.exit(f"script_unet.py: {error}")

@@ -331,8 +331,10 @@ def test_no_labels_give_no_images(model, eta, scale):
     assert images.shape == (0, 1, 28, 28)
 
 
-def test_labels_may_be_a_list(model):
-    assert torch.equal(sample(model, [3, 5]), sample(model, torch.tensor([3, 5])))
+@pytest.mark.parametrize("labels", [[3, 5], np.array([3, 5], np.uint8), []])
+def test_labels_may_be_a_list_or_small_integers(model, labels):
+    wanted = torch.tensor([int(label) for label in labels], dtype=torch.long)
+    assert torch.equal(sample(model, labels), sample(model, wanted))
 
 
 def test_unnamed_options_are_the_constants(model, monkeypatch):

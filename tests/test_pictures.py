@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -61,6 +62,16 @@ def test_picture_has_a_row_a_class_and_columns_in_order_on_a_fixed_gray_scale(
     for along in (x, y.T):      # evenly spaced, and aligned within 2 pixels
         assert np.ptp(along, axis=0).max() <= 2
         assert np.diff(along[0]).min() > 20 and np.ptp(np.diff(along[0])) <= 4
+
+
+def test_grid_of_a_users_style_does_not_cross_the_clothes(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "sample", coded_sample(lambda c, j, k: 17 + c))
+    with matplotlib.rc_context({"axes.grid": True, "grid.color": "red"}):
+        generate_visualizations(FashionMNISTUNetDenoiser(), 7)
+    for path in Path(tiny.PICTURE_DIR).iterdir():
+        with Image.open(path) as image:
+            red, green, blue = np.asarray(image.convert("RGB")).astype(int).transpose(2, 0, 1)
+        assert (red == green).all() and (red == blue).all(), path
 
 
 @pytest.fixture
@@ -200,11 +211,12 @@ def test_pictures_keep_no_more_of_each_step_than_they_show(tiny, monkeypatch):
     assert frames[1:] == [1] * (TINY["SAMPLING_STEPS"] + 1)
 
 
-def test_mosaic_places_images_row_by_row_between_white_lines():
-    grays = torch.tensor([0, 50, 100, 150, 200, 250])
+@pytest.mark.parametrize("gap", [2, 0])
+def test_mosaic_places_images_row_by_row_between_white_lines(gap):
+    grays, cell = torch.tensor([0, 50, 100, 150, 200, 250]), 4 + gap
     images = (grays.float() / 127.5 - 1).view(6, 1, 1, 1).expand(-1, -1, 4, 4)
-    expected = np.full((10, 16), 255)
+    expected = np.full((2 * cell - gap, 3 * cell - gap), 255)
     for i, gray in enumerate(grays.tolist()):
-        top, left = i // 3 * 6, i % 3 * 6
+        top, left = i // 3 * cell, i % 3 * cell
         expected[top:top + 4, left:left + 4] = gray
-    np.testing.assert_array_equal(mosaic(images, 3), expected)
+    np.testing.assert_array_equal(mosaic(images, 3, gap), expected)

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import weakref
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from PIL import Image
 
 import script_unet
 from script_unet import (FashionMNISTUNetDenoiser, Trainer, UserError, atomic_write, draw_losses,
-                         generate_visualizations, heldout_loss, load_denoiser,
+                         finish_average, generate_visualizations, heldout_loss, load_denoiser,
                          load_fashion_mnist, main, newest_checkpoint, pick_device,
                          read_checkpoint, refresh_batch_norm, sample, update_average)
 
@@ -230,6 +231,21 @@ def test_bar_shows_on_a_terminal_alone_what_is_done_of_the_whole_run(run, monkey
     run()
     shown = bars[1].getvalue()
     assert (" 400/1800 " in shown and "1800/1800" in shown) if stream is Terminal else not shown
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_run_without_one_of_its_streams_trains_on(run, monkeypatch, name):
+    monkeypatch.setattr(sys, name, None)    # as Python sets it where it is closed
+    run()
+    assert len(log_rows()) == 3
+
+
+def test_run_whose_terminal_goes_away_trains_on(run, monkeypatch):
+    gone = type("gone", (Terminal,), {"write": raising(OSError(5, "Input/output error"))})()
+    before_step(monkeypatch, 2, lambda: monkeypatch.setattr(sys, "stdout", gone))
+    before_step(monkeypatch, 2 * STEPS + 1, lambda: monkeypatch.setattr(sys, "stdout", None))
+    run()
+    assert len(log_rows()) == 3
 
 
 def test_main_has_glibc_keep_freed_memory(tiny, monkeypatch):
@@ -452,13 +468,15 @@ def test_newest_checkpoint_is_the_one_of_most_steps(tiny, undisturbed, steps):
     assert path == checkpoint(("last", "best_model", "epoch_2")[steps.index(18)])
 
 
-def test_unreadable_checkpoint_ends_the_run_and_stays_in_its_place(run, undisturbed, monkeypatch):
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"),
+                                   MemoryError("too large")])
+def test_unreadable_checkpoint_ends_the_run_and_stays_in_its_place(
+        run, undisturbed, monkeypatch, error):
     path = checkpoint("last")
     path.write_bytes(checkpoint("last", undisturbed[0]).read_bytes())
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes",           # root may read anything
-                      raising(PermissionError(13, "Permission denied")))
-        with pytest.raises(UserError, match=f"{path}.*Permission denied"):
+        patch.setattr(Path, "read_bytes", raising(error))   # root may read anything
+        with pytest.raises(UserError, match=f"{path}.*{error.args[-1]}"):
             run()
     assert list(Path().glob("*.pt*")) == [path]
     assert read_checkpoint(path)["progress"]["epoch"] == 3
@@ -589,6 +607,7 @@ def test_disk_space_that_a_resumed_run_has_already_used_is_not_asked_for_again(r
     monkeypatch.setattr(script_unet, "EPOCHS", 1)
     run()
     saved = sum(path.stat().st_size for path in Path().glob("*.pt"))
+    checkpoint("another_last").write_bytes(bytes(10**6))    # of another CHECKPOINT_PREFIX
     model = FashionMNISTUNetDenoiser()
     needed = 20 * sum(p.numel() for p in model.parameters()) * 5 + 10**6  # one epoch's pictures
     assert needed > saved
@@ -833,6 +852,18 @@ def test_guide_is_the_average_for_three_epochs_or_a_quarter_and_then_stays_behin
         assert same(guide, average) and same(null, any_class)
         torch.testing.assert_close(seen, 0.8 * classes + 0.2 * any_class)
     assert not same(states[1]["guide"], states[0]["guide"])
+
+
+def test_guide_is_not_led_towards_a_null_class_that_never_was_trained(tiny, monkeypatch, pictures):
+    monkeypatch.setattr(tiny, "LABEL_DROPOUT", 0.0)
+    trainer = Trainer(CPU)
+    finish_average(trainer, *pictures)
+    assert same(dict(trainer.guide.state_dict()), dict(trainer.average.state_dict()))
+
+
+def test_device_that_is_not_there_is_not_called_the_checkpoints_fault(undisturbed):
+    with pytest.raises(RuntimeError, match="nowhere"):
+        load_denoiser(checkpoint("last", undisturbed[0]), "nowhere")
 
 
 def test_loaded_denoiser_is_guided_by_the_checkpoints_guide(undisturbed):
