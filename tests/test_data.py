@@ -200,6 +200,16 @@ def test_download_fills_data_dir_with_files_that_torchvision_finds_too(places):
     assert [path.name for path in data_dir.iterdir()] == ["FashionMNIST"]
 
 
+def test_download_is_put_aside_in_data_dir_as_no_rename_leads_to_another_disk(
+        places, monkeypatch):
+    mirror_files(places)
+    sources, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, path: (
+        sources.append(Path(source)), replace(source, path)))
+    find_data()
+    assert sources and all(Path(script_unet.DATA_DIR) in source.parents for source in sources)
+
+
 def test_download_replaces_the_four_files_and_nothing_else(places):
     mirror_files(places)
     shutil.copytree(RAW, places[0])

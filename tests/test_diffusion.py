@@ -340,10 +340,12 @@ def test_labels_may_be_a_list_or_small_integers(model, labels):
 def test_unnamed_options_are_the_constants(model, monkeypatch):
     options = {"SAMPLING_STEPS": 3, "SAMPLING_ETA": 0.7, "GUIDANCE_SCALE": 2.5, "SEED": 9}
     named = sample(model, [1, 2], steps=3, eta=0.7, guidance_scale=2.5, seed=9)
+    zeros = sample(model, [1, 2], steps=3, eta=0.0, guidance_scale=2.5, seed=0)
     assert not torch.equal(sample(model, [1, 2]), named)
     for name, value in options.items():
         monkeypatch.setattr(script_unet, name, value)
     assert torch.equal(sample(model, [1, 2]), named)
+    assert torch.equal(sample(model, [1, 2], eta=0.0, seed=0), zeros)   # 0 is a value as well
 
 
 @pytest.mark.parametrize("steps, calls", [(1, 1), (2, 2), (9, 9), (1000, 20)])

@@ -225,6 +225,18 @@ def test_every_depth_runs(tiny, size, channels, blocks):
     assert sample(model, [0, 1], steps=2).shape == (2, 1, size, size)
 
 
+def test_each_resolution_has_its_own_number_of_blocks_on_the_way_down_and_up(tiny):
+    model = FashionMNISTUNetDenoiser({"CHANNELS": (4, 8, 16), "BLOCKS": (1, 2, 3)})
+    down, up = ([len(part.blocks) for part in way] for way in (model.downs, model.ups))
+    assert (down, len(model.middle), up) == ([1, 2, 3], 3, [2, 1])
+
+
+def test_model_in_training_whose_last_grid_is_one_cell_is_measured_and_left_in_training(tiny):
+    model = FashionMNISTUNetDenoiser(   # 4 x 4 cells, 2 x 2, 1 x 1: of one image no statistics
+        {"IMG_SIZE": 16, "CHANNELS": (4, 8, 16), "BLOCKS": (1, 1, 1)})
+    assert model_size(model)[1] > 0 and model.training
+
+
 def test_constants_of_the_call_override_those_of_the_module(tiny):
     model = FashionMNISTUNetDenoiser({"NUM_DIFFUSION_STEPS": 7, "CHANNELS": (16, 16)})
     assert len(model.abar) == 7 and model.constants["CHANNELS"] == (16, 16)
@@ -274,7 +286,8 @@ def test_model_is_the_u_net_of_its_parts(tiny):
     model = awake(FashionMNISTUNetDenoiser({"CHANNELS": (16, 32, 48), "BLOCKS": (1, 1, 1)}))
     x_t, t, labels = torch.randn(3, 1, 28, 28), torch.tensor([0, 7, 19]), torch.tensor([3, 9, 10])
     act = nn.functional.hardswish
-    emb = act(model.time_mlp(time_embedding(t / 20)) + model.class_embedding(labels))
+    first, last = model.time_mlp[0], model.time_mlp[2]
+    emb = act(last(act(first(time_embedding(t / 20)))) + model.class_embedding(labels))
     fine = model.downs[0](x_t, emb)
     medium = model.downs[1](fine, emb)
     coarse = model.middle(model.attention(model.downs[2](medium, emb)), emb)

@@ -100,9 +100,8 @@ def test_pictures_name_classes_steps_epoch_and_guidance(
         assert 0 < title.x0 and title.x1 < figure.bbox.x1
         names = [label.get_text() for label in axes.get_yticklabels()]
         assert names == FashionMNIST.classes and axes.axison
-        height = axes.get_images()[0].get_array().shape[0]
-        rows = [int(tick * 10 / height) for tick in axes.get_yticks()]
-        assert rows == list(range(10))
+        for ticks, count in ((axes.get_yticks(), 10), (axes.get_xticks(), 3)):
+            assert list(ticks) == [30 * i + 15 for i in range(count)]   # the middle of each cell
     names = [[label.get_text() for label in figure.axes[0].get_xticklabels()]
              for figure in figures]
     visited = []
@@ -174,6 +173,7 @@ def test_loss_picture_can_be_read_off_it_has_decimals_whole_epochs_and_the_last_
                 assert not any(label.get_text() for label in axis.get_minorticklabels())
         for line in axes.lines:
             assert line.get_label().endswith(f": {line.get_ydata()[-1]:.4f}")
+            assert list(line.get_xdata()) == list(range(1, epochs + 1))
 
 
 @pytest.mark.parametrize("steps, seconds", [(22, 4.2), (100, 7), (250, 7)])

@@ -791,6 +791,20 @@ def test_process_other_than_the_first_writes_nothing(tmp_path, monkeypatch):
 
 # Best
 
+def test_stop_and_resume_within_an_epoch_leave_the_finished_epochs_checkpoints_alone(
+        run, monkeypatch):
+    monkeypatch.setattr(script_unet, "CHECKPOINT_EVERY", 1)
+    with monkeypatch.context() as patch:
+        before_step(patch, STEPS + 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(SystemExit):
+            run()
+    before_step(monkeypatch, STEPS + 4, fail)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run()
+    for what, step in (("last", STEPS + 2), ("best_model", STEPS), ("epoch_1", STEPS)):
+        assert read_checkpoint(checkpoint(what))["progress"]["step"] == step, what
+
+
 def test_best_is_the_lowest_heldout_loss_of_the_averaged_weights_which_are_drawn(run, monkeypatch):
     losses, judged, drawn = iter([1.0, 0.5, 0.7]), [], []
 
@@ -883,11 +897,12 @@ def test_samples_and_heldout_loss_take_500_images_at_a_time_without_gradients(ti
     assert sizes == [(500, False), (1, False)] * 2
 
 
-def test_heldout_loss_is_fixed_and_by_noise_level(tiny):
+def test_heldout_loss_is_fixed_and_by_noise_level(tiny, monkeypatch):
     heldout = load_fashion_mnist("test")
     model = awake(FashionMNISTUNetDenoiser())
     first = heldout_loss(model, *heldout)
     torch.rand(7)
+    monkeypatch.setattr(tiny, "SEED", 1)    # one measure for all trainings
     again = heldout_loss(model, *heldout, batch_size=33)
     assert again == pytest.approx(first, rel=1e-4)
     t = torch.arange(200) % 20      # 140 steps in the first two thirds of 0 ... 19, 60 in the last
@@ -1018,6 +1033,14 @@ def test_label_dropout_is_the_share_of_null_labels(tiny, steps_of, monkeypatch):
     assert (labels == tiny.NUM_CLASSES).float().mean().item() == pytest.approx(0.3, abs=0.06)
 
 
+def test_draw_that_rounding_makes_the_whole_batch_is_still_a_step_below_t(
+        tiny, monkeypatch, pictures):
+    trainer = Trainer(CPU)
+    monkeypatch.setattr(torch, "rand", lambda *size, **_options: torch.full(size, 1 - 2**-24))
+    trainer.step(*pictures)     # in float32, 99 + 0.99999994 is 100, of which t would be T
+    assert trainer.progress["step"] == 1 and trainer.progress["sums"].isfinite().all()
+
+
 # One step's update
 
 @pytest.mark.parametrize("epochs, share", [(5, 1.0), (80, 0.5)])   # four times twenty: half
@@ -1080,6 +1103,15 @@ def test_updates_are_orthogonalised_in_the_precision_of_training(
             assert least <= (update - x).norm() / x.norm() < most
             compared += 1
     assert compared > 0
+
+
+def test_optimizers_have_the_momentum_and_betas_that_were_measured(tiny, pictures):
+    trainer = Trainer(CPU)
+    trainer.step(*pictures)
+    assert trainer.adamw.param_groups[0]["betas"] == (0.9, 0.99)
+    for matrix in trainer.matrices:     # a tenth of the first gradient: a momentum of 0.9
+        buffer = trainer.muon.state[matrix]["momentum_buffer"]
+        torch.testing.assert_close(buffer, 0.1 * matrix.grad)
 
 
 @pytest.mark.parametrize("patch", [1, 2, 3, 4])
