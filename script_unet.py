@@ -507,7 +507,7 @@ def draw_classes(images, names, title, path):
     axes.imshow(mosaic(images, columns), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_yticks([cell * (row + 0.5) for row in range(NUM_CLASSES)], CLASS_NAMES)
     axes.set_xticks([cell * (column + 0.5) for column in range(columns)], names)
-    axes.tick_params(length=0, grid_alpha=0)  # a style's grid would cross the clothes
+    axes.tick_params(which="both", length=0, grid_alpha=0)  # a style's grid crosses the clothes
     save_figure(figure, path)
 
 def generate_visualizations(model, epoch, final=False):
@@ -702,13 +702,13 @@ class Trainer:
 
 def finish_average(trainer, images, labels):
     """Make the averaged weights ready for sample(). In the first 3 epochs (or EPOCHS / 4) the guide
-    becomes a copy of them, classes a fifth of the way to the null class; then it is left alone."""
+    becomes a copy, its classes moved a fifth of the way to a trained null class; then it stays."""
     refresh_batch_norm(trainer.average, images, labels)
     trainer.average.epochs.fill_(trainer.progress["epoch"] + (trainer.progress["position"] > 0))
     if trainer.progress["epoch"] < min(3, EPOCHS / 4):
         trainer.guide.load_state_dict(trainer.average.state_dict())
         classes = trainer.guide.class_embedding.weight
-        classes[:-1].lerp_(classes[-1], 0.2 if LABEL_DROPOUT else 0)    # so it errs alike, but more
+        if LABEL_DROPOUT: classes[:-1].lerp_(classes[-1], 0.2)  # weaker: it errs alike, but more
 
 def finish_epoch(trainer, images, labels, heldout):
     """Judge the averaged weights, draw, log and, last, save."""
@@ -735,8 +735,8 @@ def exit_if_asked(trainer, images, labels, stop):
     if number := over_processes(torch.tensor(max(stop, default=0)), "MAX").item():
         finish_average(trainer, images, labels)
         trainer.save("last")
-        print(f"stopped by {signal.Signals(number).name}, saved in {checkpoint_path('last')}: "
-              f"{again()} to go on", flush=True)
+        with contextlib.suppress(OSError): print(f"stopped by {signal.Signals(number).name}, saved "
+            f"in {checkpoint_path('last')}: {again()} to go on", flush=True)
         sys.exit(128 + number)
 
 def train(trainer, images, labels, heldout, stop):
@@ -865,8 +865,8 @@ def run(stop):
         if now["position"] == 0: trainer.save_epoch()   # what a kill between two files left out
     train(trainer, images, labels, heldout, stop)
     generate_visualizations(trainer.average, now["epoch"], final=True)
-    print(f"finished   {now['epoch']} epochs: see final_fashion_mnist_samples.png; best held-out "
-          f"loss {now['best_loss']:.4f} (epoch {now['best_epoch']}); raise EPOCHS to go on")
+    with contextlib.suppress(OSError): print(f"finished   {now['epoch']} epochs: see final_*; best "
+        f"held-out loss {now['best_loss']:.4f} (epoch {now['best_epoch']}); raise EPOCHS to go on")
 
 def main():
     """Train, resume or finish the run in the working directory. Raises UserError, SystemExit."""
@@ -893,8 +893,8 @@ def main():
             raise UserError(f"process {RANK} of {WORLD_SIZE} failed or lost another ({error}): "
                             f"{again()} to go on, one process to see why") from error
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # takes no arguments; those of a notebook are the kernel's
     try:
-        main() if len(sys.argv) == 1 else sys.exit(__doc__)     # it takes no arguments
+        main() if len(sys.argv) == 1 or "ipykernel" in sys.modules else sys.exit(__doc__)
     except UserError as error:
         sys.exit(f"script_unet.py: {error}")

@@ -193,8 +193,8 @@ def test_picture_dir_that_is_a_file_is_refused(tiny, monkeypatch):
 def test_folder_that_cannot_be_written_to_is_refused_before_training(tiny, monkeypatch, folder):
     probe, refuse = tiny.tempfile.TemporaryFile, raising(PermissionError(13, "Permission denied"))
     monkeypatch.setattr(tiny, "CHECKPOINT_PREFIX", "models/run")
-    monkeypatch.setattr(tiny.tempfile, "TemporaryFile", lambda **options: (  # root may anywhere
-        refuse if options["dir"] == Path(folder) else probe)(**options))
+    monkeypatch.setattr(tiny.tempfile, "TemporaryFile", lambda **options: (
+        refuse if options["dir"] == Path(folder) else probe)(**options))  # root may write anywhere
     with pytest.raises(UserError, match="PICTURE_DIR.*CHECKPOINT_PREFIX.*writable.*denied"):
         main()
     assert not list(Path().rglob("*.p[tn]*"))

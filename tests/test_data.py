@@ -190,24 +190,18 @@ def test_data_dir_comes_before_the_system_and_the_system_before_the_download(pla
     assert len(read_idx(own / FILES["test labels"])) == 200
 
 
-def test_download_fills_data_dir_with_files_that_torchvision_finds_too(places):
-    mirror_files(places)
-    assert find_data() == places[0]
-    for path in RAW.iterdir():
-        assert (places[0] / path.name).read_bytes() == path.read_bytes()
-    data_dir = Path(script_unet.DATA_DIR)
-    assert len(FashionMNIST(data_dir, train=False, download=False)) == 200
-    assert [path.name for path in data_dir.iterdir()] == ["FashionMNIST"]
-
-
-def test_download_is_put_aside_in_data_dir_as_no_rename_leads_to_another_disk(
-        places, monkeypatch):
+def test_download_fills_data_dir_with_files_that_torchvision_finds_too(places, monkeypatch):
     mirror_files(places)
     sources, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda source, path: (
         sources.append(Path(source)), replace(source, path)))
-    find_data()
-    assert sources and all(Path(script_unet.DATA_DIR) in source.parents for source in sources)
+    assert find_data() == places[0]
+    data_dir = Path(script_unet.DATA_DIR)   # put aside in it: no rename leads to another disk
+    assert sources and all(data_dir in source.parents for source in sources)
+    for path in RAW.iterdir():
+        assert (places[0] / path.name).read_bytes() == path.read_bytes()
+    assert len(FashionMNIST(data_dir, train=False, download=False)) == 200
+    assert [path.name for path in data_dir.iterdir()] == ["FashionMNIST"]
 
 
 def test_download_replaces_the_four_files_and_nothing_else(places):

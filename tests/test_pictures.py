@@ -66,7 +66,9 @@ def test_picture_has_a_row_a_class_and_columns_in_order_on_a_fixed_gray_scale(
 
 def test_grid_of_a_users_style_does_not_cross_the_clothes(tiny, monkeypatch):
     monkeypatch.setattr(tiny, "sample", coded_sample(lambda c, j, k: 17 + c))
-    with matplotlib.rc_context({"axes.grid": True, "grid.color": "red"}):
+    style = {"axes.grid": True, "axes.grid.which": "both", "grid.color": "red",
+             "xtick.minor.visible": True, "ytick.minor.visible": True}
+    with matplotlib.rc_context(style):
         generate_visualizations(FashionMNISTUNetDenoiser(), 7)
     for path in Path(tiny.PICTURE_DIR).iterdir():
         with Image.open(path) as image:

@@ -240,12 +240,14 @@ def test_run_without_one_of_its_streams_trains_on(run, monkeypatch, name):
     assert len(log_rows()) == 3
 
 
-def test_run_whose_terminal_goes_away_trains_on(run, monkeypatch):
+@pytest.mark.parametrize("stop", [0, signal.SIGTERM])
+def test_run_whose_terminal_goes_away_trains_on(run, monkeypatch, stop):
     gone = type("gone", (Terminal,), {"write": raising(OSError(5, "Input/output error"))})()
     before_step(monkeypatch, 2, lambda: monkeypatch.setattr(sys, "stdout", gone))
-    before_step(monkeypatch, 2 * STEPS + 1, lambda: monkeypatch.setattr(sys, "stdout", None))
-    run()
-    assert len(log_rows()) == 3
+    before_step(monkeypatch, 2 * STEPS + 1, lambda: os.kill(os.getpid(), stop))
+    with pytest.raises(SystemExit) if stop else contextlib.nullcontext() as ended:
+        run()
+    assert ended.value.code == 128 + stop if stop else len(log_rows()) == 3
 
 
 def test_main_has_glibc_keep_freed_memory(tiny, monkeypatch):
