@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+import runpy
 import shutil
 import subprocess
 import symtable
@@ -252,6 +253,21 @@ def test_mistake_of_the_user_ends_the_command_with_one_line_and_no_traceback(tmp
                           capture_output=True, timeout=120)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "EPOCHS must be" in done.stderr
+
+
+@pytest.mark.parametrize("notebook, answer", [(False, script_unet.__doc__),
+                                              (True, "script_unet.py: PICTURE_DIR")])
+def test_arguments_are_answered_by_what_to_edit_unless_they_are_a_notebooks(
+        tmp_path, monkeypatch, notebook, answer):
+    monkeypatch.chdir(tmp_path)
+    Path(script_unet.PICTURE_DIR).touch()       # so main() goes no further
+    monkeypatch.setattr(sys, "argv", ["script_unet.py", "--epochs", "4"])
+    monkeypatch.setitem(sys.modules, "ipykernel", None)
+    if not notebook:
+        del sys.modules["ipykernel"]
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert ended.value.code.startswith(answer)
 
 
 def test_the_program_fits_900_lines_of_at_most_100_characters():

@@ -164,13 +164,6 @@ def test_rank_counts_only_among_several_processes(processes, rank):
                                               "WORLD_SIZE": str(processes)})
 
 
-def test_arguments_are_answered_by_what_to_edit_and_not_by_training(tmp_path):
-    ended = subprocess.run([sys.executable, ROOT / "script_unet.py", "--epochs", "4"],
-                           cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=120)
-    assert ended.returncode == 1 and "Edit the constants" in ended.stderr
-    assert not any(tmp_path.iterdir())
-
-
 def test_stopped_process_says_how_to_go_on_and_ends_with_the_signals_status(tmp_path):
     status, out, err = finish(start(tmp_path, "kill_at(3, 0, signal.SIGINT)"))
     assert status == 128 + signal.SIGINT and "Traceback" not in err
