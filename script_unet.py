@@ -91,6 +91,8 @@ class UserError(Exception):
 
 def again():  # for messages: RESUME = False would set aside what there is to go on from
     return f"run the same command again{'' if RESUME else ' with RESUME = True'}"
+def say(text):  # print it at once; a terminal that has gone away stops nothing
+    with contextlib.suppress(OSError): print(text, flush=True)
 def model_constants():
     return {name: globals()[name] for name in MODEL_CONSTANTS}
 
@@ -551,7 +553,7 @@ def draw_losses(history):
 TRAINED = ("model", "average", "guide", "muon", "adamw")  # a Trainer's, and a checkpoint's
 def checkpoint_path(what):  # "last", "best_model" or "epoch_10"
     return Path(f"{CHECKPOINT_PREFIX}_{what}.pt")
-def find_checkpoints(*whats):  # those that exist; "epoch_*" for all of these
+def find_checkpoints(whats=("last", "best_model", "epoch_*")):  # the files of these that exist
     return [Path(p) for w in whats for p in glob.glob(f"{glob.escape(CHECKPOINT_PREFIX)}_{w}.pt")]
 
 def read_checkpoint(path):
@@ -574,8 +576,7 @@ def load_denoiser(path, device=None):
     try:
         model, guide = both = [FashionMNISTUNetDenoiser(state["constants"]) for _ in range(2)]
         for part, name in zip(both, ("average", "guide")):
-            part.load_state_dict(state[name])
-            part.eval().requires_grad_(False)
+            part.eval().requires_grad_(False).load_state_dict(state[name])
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path} does not fit this script's model: {error}") from error
     model.guide = (guide.to(device, memory_format=torch.channels_last),)
@@ -585,7 +586,7 @@ def newest_checkpoint(constants):
     """(path, state) of the newest whole checkpoint, path None for none. Sets damaged ones aside,
     without RESUME all. Raises UserError when it is of another model than the constants describe."""
     newest = (-1, None, {"constants": constants})   # if there is none
-    for path in find_checkpoints("last", "best_model", "epoch_*"):
+    for path in find_checkpoints():
         try:
             if not RESUME: raise UserError("RESUME is False")
             state = read_checkpoint(path)
@@ -594,7 +595,7 @@ def newest_checkpoint(constants):
             if isinstance(error.__cause__, (OSError, MemoryError)): raise   # it may be whole
             aside = next(new for i in range(1, 9999) if not (new := Path(f"{path}.{i}")).exists())
             path.rename(aside)
-            print(f"{error}: {path} is kept as {aside}", flush=True)
+            say(f"{error}: {path} is kept as {aside}")
     theirs = newest[2]["constants"]
     differing = [f"{name} was {theirs.get(name)}, is {constants.get(name)}"
                  for name in {**constants, **theirs} if theirs.get(name) != constants.get(name)]
@@ -735,8 +736,8 @@ def exit_if_asked(trainer, images, labels, stop):
     if number := over_processes(torch.tensor(max(stop, default=0)), "MAX").item():
         finish_average(trainer, images, labels)
         trainer.save("last")
-        with contextlib.suppress(OSError): print(f"stopped by {signal.Signals(number).name}, saved "
-            f"in {checkpoint_path('last')}: {again()} to go on", flush=True)
+        say(f"stopped by {signal.Signals(number).name}, saved in {checkpoint_path('last')}: "
+            f"{again()} to go on")
         sys.exit(128 + number)
 
 def train(trainer, images, labels, heldout, stop):
@@ -758,10 +759,10 @@ def train(trainer, images, labels, heldout, stop):
             finish_epoch(trainer, images, labels, heldout)
             row, best = now["history"][-1], " (best)" if now["best_epoch"] == now["epoch"] else ""
             seconds = time.perf_counter() - began + position / (rate or math.inf)  # a whole epoch
-            with contextlib.suppress(OSError), bar.external_write_mode():   # unheard: trains on
-                print(f"epoch {now['epoch']}/{EPOCHS}: loss {row['train_loss']:.4f}, held out "
-                      f"{row['heldout_loss']:.4f}{best}, {rate:.0f} images/s, {seconds:.0f} s, "
-                      f"{(EPOCHS - now['epoch']) * seconds / 60:.0f} min left", flush=True)
+            with bar.external_write_mode():
+                say(f"epoch {now['epoch']}/{EPOCHS}: loss {row['train_loss']:.4f}, held out "
+                    f"{row['heldout_loss']:.4f}{best}, {rate:.0f} images/s, {seconds:.0f} s, "
+                    f"{(EPOCHS - now['epoch']) * seconds / 60:.0f} min left")
             exit_if_asked(trainer, images, labels, stop)
 
 # ---- main --------------------------------------------------------------------------------------
@@ -827,16 +828,15 @@ def report(model, folder, images, heldout, epochs_left):
     (parameters, flops), device = model_size(model), model.abar.device
     chip = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     changed = [f"{k} = {globals()[k]!r}" for k, v in ALLOWED.items() if globals()[k] != v[0]]
-    print(f"device     {device} ({chip}), {precision(device)}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}\n"
-          f"data       {len(images):,} training and {len(heldout):,} held-out images, {folder}\n"
-          f"model      {parameters:,} parameters, {flops / 1e6:.1f} MFLOP per image\n"
-          f"training   {EPOCHS} epochs of {len(images) // BATCH_SIZE} steps of {BATCH_SIZE}\n"
-          f"constants  {', '.join(changed) or 'all at their defaults'}\n"
-          f"outputs    {checkpoint_path('*')}, training_loss.png, training_log.csv, "
-          f"{Path(PICTURE_DIR)}/", flush=True)
+    say(f"device     {device} ({chip}), {precision(device)}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}\n"
+        f"data       {len(images):,} training and {len(heldout):,} held-out images, {folder}\n"
+        f"model      {parameters:,} parameters, {flops / 1e6:.1f} MFLOP per image\n"
+        f"training   {EPOCHS} epochs of {len(images) // BATCH_SIZE} steps of {BATCH_SIZE}\n"
+        f"constants  {', '.join(changed) or 'all at their defaults'}\noutputs    "
+        f"{checkpoint_path('*')}, training_loss.png, training_log.csv, {Path(PICTURE_DIR)}/")
     need = 20 * parameters * (4 + EPOCHS // CHECKPOINT_EVERY) + 10**6 * epochs_left  # bytes
-    saved = sum(p.stat().st_size for p in find_checkpoints("last", "best_model", "epoch_*"))
+    saved = sum(p.stat().st_size for p in find_checkpoints())
     if not RANK and (free := shutil.disk_usage(checkpoint_path("last").parent).free + saved) < need:
         raise UserError(f"{checkpoint_path('*').absolute()}: {free / 1e6:.0f} MB free or in these, "
                         f"{need / 1e6:.0f} needed: free some, raise CHECKPOINT_EVERY, lower EPOCHS")
@@ -857,16 +857,16 @@ def run(stop):
     if path:
         for name in TRAINED:
             getattr(trainer, name).load_state_dict(state.pop(name))
-        print(f"resuming   {path}: {now['epoch']} epochs and {now['position']} images of the next "
-              "are done (RESUME = False starts anew)", flush=True)
-        if now["epoch"] and not find_checkpoints("best_model"):     # damaged: now the last is best
+        say(f"resuming   {path}: {now['epoch']} epochs and {now['position']} images of the next "
+            "are done (RESUME = False starts anew)")
+        if now["epoch"] and not find_checkpoints(["best_model"]):   # damaged: now the last is best
             now.update(best_epoch=now["epoch"], best_loss=now["history"][-1]["heldout_loss"])
             trainer.save("best_model")
         if now["position"] == 0: trainer.save_epoch()   # what a kill between two files left out
     train(trainer, images, labels, heldout, stop)
     generate_visualizations(trainer.average, now["epoch"], final=True)
-    with contextlib.suppress(OSError): print(f"finished   {now['epoch']} epochs: see final_*; best "
-        f"held-out loss {now['best_loss']:.4f} (epoch {now['best_epoch']}); raise EPOCHS to go on")
+    say(f"finished   {now['epoch']} epochs: see final_fashion_mnist_samples.png; best held-out "
+        f"loss {now['best_loss']:.4f} (epoch {now['best_epoch']}); raise EPOCHS to go on")
 
 def main():
     """Train, resume or finish the run in the working directory. Raises UserError, SystemExit."""

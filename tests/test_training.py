@@ -470,15 +470,14 @@ def test_newest_checkpoint_is_the_one_of_most_steps(tiny, undisturbed, steps):
     assert path == checkpoint(("last", "best_model", "epoch_2")[steps.index(18)])
 
 
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"),
-                                   MemoryError("too large")])
+@pytest.mark.parametrize("error", [PermissionError("not permitted"), MemoryError("too large")])
 def test_unreadable_checkpoint_ends_the_run_and_stays_in_its_place(
         run, undisturbed, monkeypatch, error):
     path = checkpoint("last")
     path.write_bytes(checkpoint("last", undisturbed[0]).read_bytes())
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", raising(error))   # root may read anything
-        with pytest.raises(UserError, match=f"{path}.*{error.args[-1]}"):
+        patch.setattr(Path, "read_bytes", raising(error))       # root may read anything
+        with pytest.raises(UserError, match=f"{path}.*{error}"):
             run()
     assert list(Path().glob("*.pt*")) == [path]
     assert read_checkpoint(path)["progress"]["epoch"] == 3
