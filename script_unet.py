@@ -1,9 +1,9 @@
 """Train a class-conditional denoising diffusion model on Fashion-MNIST, in one file.
 
 Edit the constants, run `python script_unet.py`, open the PNGs: two cores of an AMX Xeon take 2.3 h,
-11 min with EPOCHS = 14, and a classifier then knows the clothes as often as real ones (README.md).
+11 min with EPOCHS = 14, after which a classifier names the clothes as often as it does real ones.
 
-An image is mixed with ever more noise in T steps; a network learns to tell them apart; sampling
+An image is mixed with ever more noise in T steps; a network learns to tell the two apart; sampling
 walks back from pure noise. x_start: a clean image, float (B, 1, H, W) in [-1, 1]; t (B,): the index
 of a step, 0 (almost clean) ... T-1 (pure noise); x_t: x_start after step t; abar: alphas_cumprod.
 
@@ -36,11 +36,11 @@ from tqdm.auto import tqdm
 
 # ---- Constants, read when main() runs: a notebook may set script_unet.EPOCHS = 2 first ---------
 # Training
-EPOCHS = 150                # passes over the training images; after 12, patterns are still vague
+EPOCHS = 150                # passes over the training images; after 14, patterns are still vague
 BATCH_SIZE = 256            # images per optimizer step; a CPU is 15% faster with 256 than with 128
 LEARNING_RATE = 2.8e-3      # AdamW's, times min(1, sqrt(20 / EPOCHS)) and (share of the run left)^2
-MUON_LEARNING_RATE = 0.028  # the same for Muon [9], at Jordan's scale, for kernels of 16+ channels
-WARMUP_STEPS = 100          # learning rates rise over these steps, as statistics and moments settle
+MUON_LEARNING_RATE = 0.028  # Muon's [9] (orthogonal updates), likewise; for kernels of 16+ channels
+WARMUP_STEPS = 100          # learning rates rise over these steps, while running averages settle
 WEIGHT_DECAY = 0.1          # each step shrinks all weights by this times the learning rate
 GRADIENT_CLIP = 1.0         # largest L2 norm of the whole gradient; a safeguard, hardly ever met
 DROPOUT = 0.0               # probability in each residual block; 60,000 images need none
@@ -59,14 +59,14 @@ EMBEDDING_DIM = 256         # features of the embedding of time and class; 512 g
 ATTENTION_HEAD_DIM = 64     # features of each attention head; divides the last of CHANNELS
 # Diffusion
 NUM_DIFFUSION_STEPS = 100   # T, the steps from image to noise; few, as sampling visits only some
-BETA_SCHEDULE = "cosine"    # "cosine" [2] or "linear" [1]
+BETA_SCHEDULE = "cosine"    # "cosine" [2] or "linear" [1]; beta: the share of variance a step takes
 BETA_START = 1e-4           # linear only: the first beta at T = 1000, rescaled by 1000 / T
 BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled by 1000 / T
 # Sampling
 SAMPLING_STEPS = 22         # of the T steps; more are slower and hardly better
 SAMPLING_ETA = 0.0          # noise added at each step: 0: none [6]; 1: all of DDPM's [1, 3]
 SAMPLING_GRAIN = 0.75       # gray levels of noise left on clothes, as cloth has grain; 0: none
-GUIDANCE_SCALE = 0.0        # 0: 2.8 to 1.5, by epochs; 1: off; more: clearer classes, less real
+GUIDANCE_SCALE = 0.0        # 0: 2.8 early to 1.5 (150 epochs); 1: off; more: clearer, less real
 # Machine and output, in the working directory
 PRECISION = "auto"          # "auto": bf16 where the hardware computes in it; or "bf16", "fp32"
 RESUME = True               # go on from the newest checkpoint; False sets older ones aside
@@ -82,22 +82,23 @@ FORMAT = 5  # of the checkpoints, raised when weights of an older version no lon
 MODEL_CONSTANTS = ("FORMAT", "IMG_SIZE", "NUM_CLASSES", "PATCH_SIZE", "CHANNELS", "BLOCKS",
                    "EMBEDDING_DIM", "ATTENTION_HEAD_DIM", "NUM_DIFFUSION_STEPS", "BETA_SCHEDULE",
                    "BETA_START", "BETA_END")  # fixed by training
-# Set by torchrun: how many processes there are, and this one's number among them
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # other launchers may set it alone
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # of processes, set by torchrun
+RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # this one's, 0 ... WORLD_SIZE - 1
 
 class UserError(Exception):
     """Something that the user can mend; the message names the constant or the file."""
 
 def again():  # for messages: RESUME = False would set aside what there is to go on from
     return f"run the same command again{'' if RESUME else ' with RESUME = True'}"
-def say(text):  # print it at once; a terminal that has gone away stops nothing
-    with contextlib.suppress(OSError): print(text, flush=True)
+def say(text):  # print it at once; where standard output has gone away, on standard error
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError): return print(text, file=stream, flush=True)
+        sys.stdout = sys.stderr  # from now on, also for Python's last flush
 def model_constants():
     return {name: globals()[name] for name in MODEL_CONSTANTS}
 
 def generator(*keys):
-    """A torch.Generator, on the CPU, for the stream that the keys name, e.g. "noise", 17."""
+    """A torch.Generator, on the CPU, for the stream that the keys name, e.g. "order", SEED, 17."""
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
@@ -137,7 +138,7 @@ def find_data():
     try:  # Downloaded aside, moved when whole: a broken download leaves nothing to be trusted
         from torchvision.datasets import FashionMNIST  # here, as its import takes a second
         raw.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=DATA_DIR, prefix=".download-") as aside:
+        with tempfile.TemporaryDirectory(dir=raw, prefix=".download-") as aside:
             FashionMNIST(aside, download=True)  # checks MD5 sums
             for file in Path(aside, "FashionMNIST", "raw").iterdir():
                 os.replace(file, raw / file.name)
@@ -154,7 +155,7 @@ def load_fashion_mnist(split, folder=None):
     if images.shape[1:] != (28, 28):
         raise bad_data(paths[0], f"holds {images.shape}, not 28 x 28 images")
     if labels.shape != images.shape[:1] or labels.max(initial=0) >= NUM_CLASSES:
-        raise bad_data(paths[1], f"must have a count of {len(images)} labels from 0 to 9")
+        raise bad_data(paths[1], f"must count {len(images)} labels from 0 to {NUM_CLASSES - 1}")
     images, labels = torch.tensor(images)[:, None], torch.tensor(labels, dtype=torch.long)
     if IMG_SIZE != 28:
         images = torch.cat([F.interpolate(part.float(), (IMG_SIZE, IMG_SIZE), mode="bilinear",
@@ -255,8 +256,8 @@ class Up(nn.Module):
         return self.blocks(self.patch_expand(x, skip.shape[-2:]) + skip, emb)   # (B, out, H, W)
 
 class SelfAttention(nn.Module):
-    """Multi-head linear attention [7] section 3.2, residual, in O(H W); (B, C, H, W) -> same.
-    softmax_d(q) (softmax_n(k)^T v), the right product first: its N x N weights are never formed."""
+    """Multi-head linear attention [7] section 3.2, residual, O(N), N = H W; (B, C, H, W) -> same.
+    softmax(q) (softmax(k)^T v), q's over features, k's over places; no N x N weights are formed."""
     def __init__(self, channels, head_dim):
         super().__init__()
         self.heads, self.norm = channels // head_dim, nn.BatchNorm2d(channels)
@@ -273,11 +274,10 @@ class SelfAttention(nn.Module):
 
 # ---- The noise schedule, and the model that carries it -----------------------------------------
 def alphas_cumprod(constants=None):
-    """abar (T,), float32: the share of x_start's variance that is left in x_t, [1] eq. 4.
-    "cosine": [2] eq. 17 with s = 0.008 and betas up to 0.999. "linear": [1] section 4, scaled by
-    1000 / T, so that every T ends in noise, as the published T = 1000 does. Raises UserError
-    unless abar[T-1] is 1e-30 to 0.001 and no beta is below 2e-7."""
-    c = constants or model_constants()
+    """abar (T,), float32: the share of x_start's variance in x_t, [1] eq. 4; a step takes a share
+    beta. "cosine": [2] eq. 17, s = 0.008, beta at most 0.999. "linear": [1] section 4, * 1000 / T,
+    so any T ends in noise. UserError unless abar[T-1] is 1e-30 to 0.001, each beta 2e-7 or more."""
+    c = {**model_constants(), **(constants or {})}
     T, start, end = c["NUM_DIFFUSION_STEPS"], c["BETA_START"], c["BETA_END"]
     if c["BETA_SCHEDULE"] == "cosine":
         time = torch.arange(T + 1, dtype=torch.float64) / T
@@ -299,7 +299,7 @@ def time_embedding(time):
 class FashionMNISTUNetDenoiser(nn.Module):
     """A U-Net on patches; forward(x_t, t, labels) gives v (B, 1, H, W), see x_start_from_v.
     x_t float (B, 1, H, W); t int (B,) in 0 ... T-1; labels int (B,), NUM_CLASSES for any class.
-    `constants` overrides model_constants(); the instance keeps all, and its schedule's abar."""
+    `constants` overrides model_constants(), unchecked; the instance keeps all, and abar."""
     def __init__(self, constants=None, dropout=0.0):
         super().__init__()
         self.constants = c = {**model_constants(), **(constants or {})}
@@ -355,7 +355,7 @@ def x_start_from_v(x_t, t, v, abar):
 
 def posterior(x_start, x_t, abar_t, abar_next, eta=1.0):
     """Mean (B, 1, H, W) and standard deviation of q(x_next | x_t, x_start), [3] eq. 7 and 16.
-    x_next has less noise; without any, abar_next is 1. eta 1: DDPM's, [1] eq. 7; 0: no noise."""
+    abar_t, abar_next: floats (1: no noise); x_next has less noise. eta 1: DDPM's, [1] eq. 7."""
     noise = (x_t - math.sqrt(abar_t) * x_start) / math.sqrt(1 - abar_t)
     std = eta * math.sqrt((1 - abar_next) / (1 - abar_t) * (1 - abar_t / abar_next))
     return math.sqrt(abar_next) * x_start + math.sqrt(max(0, 1 - abar_next - std**2)) * noise, std
@@ -363,9 +363,9 @@ def posterior(x_start, x_t, abar_t, abar_next, eta=1.0):
 def precision(device):
     """PRECISION or, for "auto", "bf16" where the hardware, not an emulation, multiplies in it."""
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older versions have none: fp32
-    fast = {"cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(False),
-            "cpu": cpu.get("avx512_bf16") or cpu.get("amx_bf16")}
-    return PRECISION if PRECISION != "auto" else "bf16" if fast.get(device.type) else "fp32"
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+            device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16")))
+    return PRECISION if PRECISION != "auto" else "bf16" if fast else "fp32"
 
 def predict_x_start(model, x_t, t, labels):
     """The model's x_start (B, 1, H, W), float32, not clipped."""
@@ -391,18 +391,17 @@ def guidance(model):
 def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
            callback=lambda t, x_t: None, batch_size=500):
     """Images (N, 1, H, W) in [-1, 1] of the labels (N,), by a model in eval mode, on its device.
-    steps of the T, eta and seed default to the constants, the scale (None, 0) to guidance(). eta 0:
+    steps (1 to T), eta and seed default to the constants, the scale (None, 0) to guidance(). eta 0:
     second-order solver and corrector [6]; 1 with T steps: DDPM [1]; between: the solver plus noise.
     All leave SAMPLING_GRAIN of the noise (at most t = 0's) on clothes: predictions are too smooth.
     Guidance: guide + scale (model - guide), [5] eq. 6 with w = scale - 1 and [10]'s weaker guide;
-    both are clipped first: a difference between two overshoots would be grain in the background.
-    The noise of image i depends on seed and i alone: N and batch_size change only rounding, 1e-4 in
-    fp32. callback(t, x_t) sees all images before each step t and, with t = -1, the result."""
+    both are clipped first, or their overshoots would leave noise on black. Image i's noise depends
+    on seed and i alone. callback(t, x_t) sees all before each step t and, at t = -1, the result."""
     steps, eta = SAMPLING_STEPS if steps is None else steps, SAMPLING_ETA if eta is None else eta
     seed = SEED if seed is None else seed
     abar, size, T = model.abar.tolist(), model.constants["IMG_SIZE"], len(model.abar)
-    lam = [math.log(a / (1 - a)) / 2 for a in abar + abar[:1]]      # [6]'s lambda; at -1 as at 0
-    abar.append(max(abar[0], 1 - (SAMPLING_GRAIN / 127.5) ** 2))    # [-1]: the image's
+    lam = [math.log(a / (1 - a)) / 2 for a in [*abar, abar[0]]]     # [6]'s lambda; at -1 as at 0
+    abar.append(max(abar[0], 1 - (SAMPLING_GRAIN / 127.5) ** 2))    # at -1: the image's
     labels = torch.as_tensor(labels, dtype=torch.long, device=model.abar.device)
     streams = [generator("sample", int(seed), i) for i in range(len(labels))]
     def fresh_noise():  # one stream per image, on the CPU: the same on all machines, in any batch
@@ -429,7 +428,8 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
         s, x_s, start_s = t, x_t, x_start                           # kept for the next step
         x_t, std = posterior(estimate, x_t, abar[t], abar[t_next], eta)
         x_t = x_t + std * fresh_noise() if std > 0 else x_t
-    x_t = torch.lerp(x_start, x_t, (127.5 * x_start + 127).clamp(0, 1)).clamp(-1, 1)  # black: none
+    cloth = (127.5 * x_start + 127).clamp(0, 1)     # 0 up to gray level 0.5 (black), 1 from 1.5 on
+    x_t = torch.lerp(x_start, x_t, cloth).clamp(-1, 1)              # no grain on black
     callback(-1, x_t)
     return x_t
 
@@ -467,7 +467,7 @@ def mean_losses(sums):
 
 @torch.no_grad()
 def heldout_loss(model, images, labels, batch_size=500):
-    """mean_losses of the model on uint8 images, each with a fixed step and fixed noise."""
+    """mean_losses of the model on T or more uint8 images, each with its fixed step and noise."""
     t = (torch.arange(len(images)) % len(model.abar)).to(images.device)
     noise = torch.randn(images.shape, generator=generator("held out")).to(images.device)
     batches = zip(*(part.split(batch_size) for part in (images, t, labels, noise)))
@@ -489,7 +489,7 @@ def atomic_write(path, data):
         os.replace(beside, path)
     except OSError as error:
         with contextlib.suppress(OSError): beside.unlink()
-        raise UserError(f"cannot write {path.absolute()} ({error.strerror}), the old one is kept. "
+        raise UserError(f"cannot write {path} ({error.strerror}), the old one is kept. "
                         f"Make room, make it writable or close it, and {again()}") from error
 def save_figure(figure, path):
     figure.savefig(buffer := io.BytesIO(), format="png", dpi=100)
@@ -515,7 +515,7 @@ def draw_classes(images, names, title, path):
 def generate_visualizations(model, epoch, final=False):
     """Draw samples of each class, and how the first of each came out of noise: one fixed batch.
     Writes both PNGs of the epoch or, when final, the final samples and an animated GIF."""
-    columns, names, frames = PICTURE_COLUMNS, [], []
+    columns, wide, names, frames = PICTURE_COLUMNS, math.gcd(5, NUM_CLASSES), [], []
     def watch(t, x_t):
         names.append("image" if t < 0 else f"t = {t}")
         frames.append(x_t[::columns].to("cpu", copy=True))          # (10, 1, H, W)
@@ -525,7 +525,7 @@ def generate_visualizations(model, epoch, final=False):
     draw_classes(images, range(1, columns + 1), f"Samples, {about}",
                  "final_fashion_mnist_samples.png" if final else f"{stem}_samples.png")
     if final:
-        buffer, (first, *rest) = io.BytesIO(), [Image.fromarray(mosaic(f, 5)) for f in frames]
+        buffer, (first, *rest) = io.BytesIO(), [Image.fromarray(mosaic(f, wide)) for f in frames]
         times = [max(20, min(100, 5000 // len(rest)))] * len(rest) + [2000]     # ms, the image held
         first.save(buffer, "GIF", save_all=True, append_images=rest, loop=0, duration=times)
         return atomic_write("final_fashion_mnist_generation.gif", buffer.getvalue())
@@ -553,7 +553,7 @@ def draw_losses(history):
 TRAINED = ("model", "average", "guide", "muon", "adamw")  # a Trainer's, and a checkpoint's
 def checkpoint_path(what):  # "last", "best_model" or "epoch_10"
     return Path(f"{CHECKPOINT_PREFIX}_{what}.pt")
-def find_checkpoints(whats=("last", "best_model", "epoch_*")):  # the files of these that exist
+def find_checkpoints(whats=("last", "best_model", *("epoch_" + "[0-9]" * n for n in range(1, 8)))):
     return [Path(p) for w in whats for p in glob.glob(f"{glob.escape(CHECKPOINT_PREFIX)}_{w}.pt")]
 
 def read_checkpoint(path):
@@ -567,16 +567,16 @@ def read_checkpoint(path):
             raise ValueError("its values are damaged or not finite")
     except Exception as error:  # torch.load raises whatever the bytes suggest to it
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:100]
-        raise UserError(f"{path} is damaged or no checkpoint of this script ({reason})") from error
+        raise UserError(f"{path} cannot be read as this script's checkpoint ({reason})") from error
     return state
 
 def load_denoiser(path, device=None):
-    """A checkpoint's averaged model and guide, in eval mode, for sample(). Raises UserError."""
+    """A checkpoint's averaged model, frozen, its guide on the same device. Raises UserError."""
     state, device = read_checkpoint(path), device or pick_device()
     try:
-        model, guide = both = [FashionMNISTUNetDenoiser(state["constants"]) for _ in range(2)]
-        for part, name in zip(both, ("average", "guide")):
-            part.eval().requires_grad_(False).load_state_dict(state[name])
+        model, guide = (FashionMNISTUNetDenoiser(state["constants"]).eval() for _ in range(2))
+        model.requires_grad_(False).load_state_dict(state["average"])
+        guide.requires_grad_(False).load_state_dict(state["guide"])
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path} does not fit this script's model: {error}") from error
     model.guide = (guide.to(device, memory_format=torch.channels_last),)
@@ -585,24 +585,24 @@ def load_denoiser(path, device=None):
 def newest_checkpoint(constants):
     """(path, state) of the newest whole checkpoint, path None for none. Sets damaged ones aside,
     without RESUME all. Raises UserError when it is of another model than the constants describe."""
-    newest = (-1, None, {"constants": constants})   # if there is none
+    last, newest, found = -1, None, {"constants": constants}    # if there is none
     for path in find_checkpoints():
         try:
             if not RESUME: raise UserError("RESUME is False")
             state = read_checkpoint(path)
-            newest = max(newest, (state["progress"]["step"], path, state), key=lambda new: new[0])
+            if (step := state["progress"]["step"]) > last: last, newest, found = step, path, state
         except UserError as error:
             if isinstance(error.__cause__, (OSError, MemoryError)): raise   # it may be whole
             aside = next(new for i in range(1, 9999) if not (new := Path(f"{path}.{i}")).exists())
             path.rename(aside)
             say(f"{error}: {path} is kept as {aside}")
-    theirs = newest[2]["constants"]
+    theirs = found["constants"]
     differing = [f"{name} was {theirs.get(name)}, is {constants.get(name)}"
                  for name in {**constants, **theirs} if theirs.get(name) != constants.get(name)]
     if differing:
-        raise UserError(f"{newest[1]} has another model: {'; '.join(differing)}. Set these back "
+        raise UserError(f"{newest} has another model: {'; '.join(differing)}. Set these back "
                         "(FORMAT: take the script of then), or set RESUME = False to set it aside")
-    return newest[1:]
+    return newest, found
 
 # ---- Training ----------------------------------------------------------------------------------
 def keep_freed_memory():
@@ -618,7 +618,7 @@ def over_processes(tensor, operation="SUM"):
 
 @functools.lru_cache(maxsize=1)
 def epoch_order(seed, epoch, count, device):
-    """A permutation of the images, another one each epoch."""
+    """A permutation of the images, another one each epoch; kept, as every step asks for it."""
     return torch.randperm(count, generator=generator("order", seed, epoch)).to(device)
 
 def check_loss(loss):
@@ -636,11 +636,11 @@ class InFloat32(torch.overrides.TorchFunctionMode):
 
 class Trainer:
     """The weights, their average, its guide, the optimizers and the progress: what a resume needs.
-    progress: "epoch" finished epochs, "position" images of the epoch at hand, "step" updates,
-    "sums" losses of the epoch at hand, "best_loss", "best_epoch", "history" (a row per epoch)."""
+    progress (`now`): "epoch" finished epochs, "position" images of the current one, "step" updates,
+    "sums" losses of the current epoch, "best_loss", "best_epoch", "history" (a row per epoch)."""
     def __init__(self, device):
         torch.manual_seed(SEED)
-        self.network = self.model = FashionMNISTUNetDenoiser(dropout=DROPOUT)
+        self.network = self.model = FashionMNISTUNetDenoiser(dropout=DROPOUT)   # one, but for DDP
         self.model.to(device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.guide = copy.deepcopy(self.average)
@@ -651,7 +651,7 @@ class Trainer:
             self.network.abar = self.model.abar  # for diffusion_loss
         self.kernels = [p for p in self.model.parameters() if p.ndim == 4 and min(p.shape[:2]) > 15]
         rest = [p for p in self.model.parameters() if all(p is not k for k in self.kernels)]
-        # Muon takes matrices (out, h * w * in): views of the kernels' memory, so both change
+        # Muon orthogonalizes updates of matrices (out, h * w * in): views of the kernels' memory
         self.matrices = [nn.Parameter(k.data.movedim(1, 3).view(len(k), -1)) for k in self.kernels]
         self.muon = torch.optim.Muon([{"params": self.matrices}], MUON_LEARNING_RATE,
                                      momentum=0.9, ns_steps=3)  # torch's 0.95 learns slower
@@ -702,8 +702,8 @@ class Trainer:
         update_average(self.average, self.model, now["step"])
 
 def finish_average(trainer, images, labels):
-    """Make the averaged weights ready for sample(). In the first 3 epochs (or EPOCHS / 4) the guide
-    becomes a copy, its classes moved a fifth of the way to a trained null class; then it stays."""
+    """Make the averaged weights ready for sample(). In the first 3 epochs, or EPOCHS / 4 if fewer,
+    the guide becomes a copy, its classes a fifth nearer to a trained null class; then it stays."""
     refresh_batch_norm(trainer.average, images, labels)
     trainer.average.epochs.fill_(trainer.progress["epoch"] + (trainer.progress["position"] > 0))
     if trainer.progress["epoch"] < min(3, EPOCHS / 4):
@@ -805,7 +805,7 @@ def hold_folder():
     """Keep other runs out of the working directory; the kernel lets go when a process ends."""
     path = Path(".fashion_mnist_diffusion.lock")
     try:
-        for folder in (Path(PICTURE_DIR), checkpoint_path("last").parent):
+        for folder in (Path(), Path(PICTURE_DIR), checkpoint_path("last").parent):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         file = open(path, "a")
@@ -843,9 +843,9 @@ def report(model, folder, images, heldout, epochs_left):
 
 def run(stop):
     """Data, model, resume, training, final pictures."""
-    found = [RANK == 0 and (find_data(), newest_checkpoint(model_constants()))]
-    if WORLD_SIZE > 1: dist.broadcast_object_list(found)    # the first's, when it has downloaded
-    device, folder, (path, state) = pick_device(), find_data(), found[0][1]
+    found = [None if RANK else (find_data(), *newest_checkpoint(model_constants()))]
+    if WORLD_SIZE > 1: dist.broadcast_object_list(found)    # the others wait for a download, too
+    device, folder, (_, path, state) = pick_device(), find_data(), found[0]
     images, labels = (part.to(device) for part in load_fashion_mnist("train", folder))
     heldout = [part.to(device) for part in load_fashion_mnist("test", folder)]
     if not 2 * WORLD_SIZE <= BATCH_SIZE <= len(images) or BATCH_SIZE % WORLD_SIZE:
@@ -861,7 +861,7 @@ def run(stop):
             "are done (RESUME = False starts anew)")
         if now["epoch"] and not find_checkpoints(["best_model"]):   # damaged: now the last is best
             now.update(best_epoch=now["epoch"], best_loss=now["history"][-1]["heldout_loss"])
-            trainer.save("best_model")
+            trainer.save("last", "best_model")
         if now["position"] == 0: trainer.save_epoch()   # what a kill between two files left out
     train(trainer, images, labels, heldout, stop)
     generate_visualizations(trainer.average, now["epoch"], final=True)
@@ -881,7 +881,7 @@ def main():
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()) if RANK else hold_folder())
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM):  # old handlers come back at the end
                 stack.callback(signal.signal, number, signal.signal(number, remember))
         if WORLD_SIZE == 1: return run(stop)
         try:

@@ -196,8 +196,8 @@ def test_download_fills_data_dir_with_files_that_torchvision_finds_too(places, m
     monkeypatch.setattr(os, "replace", lambda source, path: (
         sources.append(Path(source)), replace(source, path)))
     assert find_data() == places[0]
-    data_dir = Path(script_unet.DATA_DIR)   # put aside in it: no rename leads to another disk
-    assert sources and all(data_dir in source.parents for source in sources)
+    data_dir = Path(script_unet.DATA_DIR)   # put aside below: no rename leads to another disk
+    assert sources and all(places[0] in source.parents for source in sources)
     for path in RAW.iterdir():
         assert (places[0] / path.name).read_bytes() == path.read_bytes()
     assert len(FashionMNIST(data_dir, train=False, download=False)) == 200

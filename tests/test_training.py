@@ -470,6 +470,22 @@ def test_newest_checkpoint_is_the_one_of_most_steps(tiny, undisturbed, steps):
     assert path == checkpoint(("last", "best_model", "epoch_2")[steps.index(18)])
 
 
+def test_files_of_other_runs_are_no_checkpoints_of_this_one(run, undisturbed, monkeypatch):
+    monkeypatch.setattr(script_unet, "EPOCHS", 1)
+    run()
+    state = read_checkpoint(checkpoint("last", undisturbed[0]))
+    others = [checkpoint(what) for what in     # a copy; a run that CHECKPOINT_PREFIX names so
+              ("epoch_2_seed0", "epoch_2_last", "epoch_2_epoch_3", "epoch_", "epoch_x")]
+    for path in others:
+        torch.save(state, path)     # of more steps
+    before = read_checkpoint(checkpoint("last"))
+    for resume in (True, False):
+        monkeypatch.setattr(script_unet, "RESUME", resume)
+        path, found = newest_checkpoint(state["constants"])
+        assert (path == checkpoint("last") and same(found, before)) if resume else path is None
+        assert all(path.exists() for path in others)
+
+
 @pytest.mark.parametrize("error", [PermissionError("not permitted"), MemoryError("too large")])
 def test_unreadable_checkpoint_ends_the_run_and_stays_in_its_place(
         run, undisturbed, monkeypatch, error):
@@ -477,7 +493,7 @@ def test_unreadable_checkpoint_ends_the_run_and_stays_in_its_place(
     path.write_bytes(checkpoint("last", undisturbed[0]).read_bytes())
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", raising(error))       # root may read anything
-        with pytest.raises(UserError, match=f"{path}.*{error}"):
+        with pytest.raises(UserError, match=f"{path} cannot be read.*{error}"):    # not "damaged"
             run()
     assert list(Path().glob("*.pt*")) == [path]
     assert read_checkpoint(path)["progress"]["epoch"] == 3
@@ -762,6 +778,13 @@ def test_folder_that_is_deleted_during_a_run_is_made_again(tiny, monkeypatch):
     assert len(list(Path(tiny.PICTURE_DIR).iterdir())) == 2     # the second epoch's
 
 
+def test_working_directory_that_is_deleted_is_an_error_with_the_files_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    with pytest.raises(UserError, match="cannot write training_log.csv .No such file"):
+        atomic_write("training_log.csv", b"")
+
+
 def test_messages_say_what_to_set_so_that_the_next_start_goes_on(tmp_path, monkeypatch):
     def messages():
         for act in (lambda: atomic_write(path / "in a file", b""),
@@ -849,6 +872,23 @@ def test_best_checkpoint_that_is_lost_within_an_epoch_has_a_successor_at_once(ru
         run()
     best, last = (read_checkpoint(checkpoint(what)) for what in ("best_model", "last"))
     assert best["progress"]["best_epoch"] == 1 and same(best["average"], last["average"])
+
+
+def test_successor_of_a_lost_best_checkpoint_is_the_best_even_after_a_crash(run, monkeypatch):
+    plan_heldout_losses(monkeypatch, 0.5, 0.7, 0.6)     # the third is the best of what is left
+    before_step(monkeypatch, 2 * STEPS + 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit):
+        run()
+    checkpoint("best_model").unlink()
+    with monkeypatch.context() as patch:
+        before_step(patch, 2 * STEPS + 3, fail)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run()
+    last = read_checkpoint(checkpoint("last"))["progress"]
+    assert (last["best_epoch"], last["best_loss"], last["step"]) == (2, 0.7, 2 * STEPS + 2)
+    assert read_checkpoint(checkpoint("best_model"))["progress"]["best_epoch"] == 2
+    run()
+    assert read_checkpoint(checkpoint("best_model"))["progress"]["epoch"] == 3
 
 
 @pytest.mark.parametrize("epochs, sources", [(6, (0, 1, 1, 1)), (14, (0, 1, 2, 2))])
@@ -1223,7 +1263,8 @@ def test_gpu_computes_in_bf16_unless_it_only_emulates_it(monkeypatch, supported,
 
 
 def test_model_too_thin_for_muon_trains(tiny, monkeypatch, pictures):
-    for name, value in (("CHANNELS", (8,)), ("BLOCKS", (1,)), ("ATTENTION_HEAD_DIM", 8)):
+    for name, value in (("CHANNELS", (8,)), ("BLOCKS", (1,)), ("ATTENTION_HEAD_DIM", 8),
+                        ("WEIGHT_DECAY", 0.0)):     # which changes weights that do not learn
         monkeypatch.setattr(tiny, name, value)
     trainer = Trainer(CPU)
     before = trainer.model.class_embedding.weight.detach().clone()
