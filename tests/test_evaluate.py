@@ -1,5 +1,7 @@
 """tests/benchmarks/evaluate.py: its figures are what their definitions say, worked out by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -46,6 +48,85 @@ def test_sets_of_test_images_have_each_class_and_no_image_twice():
         assert torch.equal(labels[chosen], of_class)
         assert of_class.tolist() == [c for c in range(10) for _ in range(4)]
     assert not set(first[0].tolist()) & set(second[0].tolist())
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """Stand-ins: features are corner pixels, classes the first one's last digit; no cache."""
+    for name, value in {
+            "load_classifier": lambda _seed: SimpleNamespace(name="judge"),
+            "classifier_features": lambda _model, images: images[:, 0, 0, :3].float(),
+            "predict": lambda _model, features: features[:, 0].long() % 10,
+            "load_imagenet": lambda: True, "IMAGENET_REFERENCE": 30,
+            "imagenet_features": lambda images: images[:, 0, -1, :2].float(),
+            "cached": lambda _name, compute: compute()}.items():
+        monkeypatch.setattr(evaluate, name, value)
+    return monkeypatch
+
+
+def test_figures_are_of_the_images_beside_the_training_images(judge):
+    draw = torch.Generator().manual_seed(0)
+    training, images = (torch.randint(1, 256, (n, 1, 28, 28), generator=draw, dtype=torch.uint8)
+                        for n in (60, 20))
+    images[:, :, 7:14] = 0
+    images[:, 0, 0, 0] = torch.tensor([10, 1, 2, 3, 4, 15, 26, 37] * 2 + [1, 1, 1, 1])
+    asked = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7] * 2 + [1, 2, 2, 2])       # 17 of 20 are right
+    compared = []
+    judge.setattr(evaluate, "real_images", lambda split: {"train": (training, None)}[split])
+    judge.setattr(evaluate, "precision_and_recall", lambda real, generated: (
+        compared.append((real, generated)), (0.7, 0.3))[1])
+    figures = evaluate.evaluate(images, asked)
+    corners, generated = (x[:, 0, 0, :3].float() for x in (training, images))
+    distances = evaluate.nearest_distances(images, training)
+    assert figures == pytest.approx({
+        "n": 20, "frechet": evaluate.frechet(corners, generated), "precision": 0.7, "recall": 0.3,
+        "imagenet": evaluate.frechet(training[:30, 0, -1, :2].float(),
+                                     images[:, 0, -1, :2].float()),
+        "accuracy": 17 / 20, "zeros": 7 / 28, "nearest": distances.median().item(),
+        "nearest 1%": distances.quantile(0.01).item()})
+    assert list(figures) == list(evaluate.ROWS)
+    real, ours = compared[0]    # as many training images, none of them twice
+    assert torch.equal(ours, generated) and len(real) == len(real.unique(dim=0)) == 20
+    assert set(map(tuple, real.tolist())) <= set(map(tuple, corners.tolist()))
+    assert "accuracy" not in evaluate.evaluate(images)      # of a model that knows no classes
+
+
+@pytest.mark.parametrize("per_class, sets", [(200, 5), (100, 5), (500, 2), (600, 1), (1000, 1)])
+def test_real_figures_are_of_up_to_five_sets_with_no_image_in_two(judge, per_class, sets):
+    test = torch.arange(10000), torch.arange(10000).flip(0) % 10
+    judge.setattr(evaluate, "real_images", lambda split: {"test": test}[split])
+    judge.setattr(evaluate, "evaluate", lambda images, labels, _seed: (images, labels))
+    reals = evaluate.evaluate_real(per_class)
+    assert len(reals) == sets
+    assert len(torch.cat([images for images, _ in reals]).unique()) == sets * 10 * per_class
+    for images, labels in reals:
+        assert torch.equal(labels, test[1][images])
+        assert labels.bincount().tolist() == [per_class] * 10
+
+
+@pytest.mark.parametrize("right, refused", [(0.924, True), (0.926, False)])
+def test_classifier_that_is_too_often_wrong_is_no_judge(judge, right, refused):
+    judge.undo()
+    weights = evaluate.Classifier().state_dict()
+    judge.setattr(evaluate, "real_images", lambda _split: (None, None))
+    judge.setattr(evaluate, "cached", lambda name, _compute: (
+        weights if name.startswith("classifier") else right))
+    load = evaluate.load_classifier.__wrapped__
+    if refused:
+        with pytest.raises(SystemExit, match="take another --classifier-seed"):
+            load(0)
+    else:
+        model, other = load(0), load(1)
+        assert not model.training and model.name != other.name
+
+
+def test_table_shows_the_mean_and_range_of_real_images_and_the_ratio_to_the_mean(capsys):
+    figures, *reals = ({"n": 20, "frechet": x, "accuracy": 0.5} for x in (0.05, 0.03, 0.02, 0.01))
+    evaluate.print_table(figures, reals, "judge")
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    numbers = [[part.strip() for part in line if part.strip()] for line in lines]
+    assert numbers[2][1:] == ["50.0", "20.0", "10.0 to 30.0"]
+    assert numbers[3][1:] == ["2.50"]
 
 
 def test_figures_of_a_name_are_computed_once_and_a_failure_leaves_no_file(monkeypatch, tmp_path):

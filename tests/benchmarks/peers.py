@@ -2,8 +2,9 @@
 denoising-diffusion-pytorch as its README does larger ones.
 
 throughput.py times their training steps, ten_minutes.py trains them. All compute in float32, as
-published for a CPU (on a GPU denoising-diffusion-pytorch's README asks for fp16 and flash
-attention, and would be faster than here). Two things are left out, both to the peers' advantage:
+published for a CPU (on a GPU with convolutions in TF32, torch's default; there
+denoising-diffusion-pytorch's README asks for fp16 and flash attention, and would be faster than
+here). Two things are left out, both to the peers' advantage:
 their data loaders, as batches come from memory, and the random mirroring that two of them do, as
 the evaluation would count a shoe that points the wrong way against them.
 """
@@ -154,7 +155,7 @@ class SmallDiffusion(Peer):
         self.model.to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=7e-4)
 
-        def average(averaged, current, count):  # as the example's torch_ema with decay = 0.999
+        def average(averaged, current, count):  # nearly the example's torch_ema with 0.999
             decay = min(0.999, (1 + int(count)) / (10 + int(count)))
             torch._foreach_lerp_(averaged, current, 1 - decay)
 
