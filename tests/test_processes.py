@@ -21,7 +21,8 @@ from PIL import Image
 import script_unet
 from script_unet import UserError, main, read_checkpoint
 
-LONG = ["EPOCHS = 24", "CHECKPOINT_EVERY = 5", "PICTURE_COLUMNS = 2", "note_memory()"]
+LONG = ["EPOCHS = 24", "CHECKPOINT_EVERY = 5", "PICTURE_COLUMNS = 2", "note_memory()",
+        "plain_figures()"]
 
 
 def start(folder, *lines, processes=1):
@@ -165,10 +166,17 @@ def test_rank_counts_only_among_several_processes(processes, rank):
 
 
 def test_stopped_process_says_how_to_go_on_and_ends_with_the_signals_status(tmp_path):
-    status, out, err = finish(start(tmp_path, "kill_at(3, 0, signal.SIGINT)"))
-    assert status == 128 + signal.SIGINT and "Traceback" not in err
-    assert "stopped by SIGINT" in out and "run the same command again" in out
-    assert read_checkpoint(checkpoint("last", tmp_path))["progress"]["step"] == 3
+    folders = [tmp_path / name for name in ("read", "unread")]
+    for folder in folders:
+        folder.mkdir()
+    read, unread = (start(folder, "kill_at(3, 0, signal.SIGINT)") for folder in folders)
+    unread.stdout.close()   # as that of `python script_unet.py | tee run.log`: Ctrl-C ends both
+    for process, folder in zip((read, unread), folders):
+        status, out, err = finish(process)
+        assert status == 128 + signal.SIGINT and "Traceback" not in err and "Exception" not in err
+        said = out if process is read else err
+        assert "stopped by SIGINT" in said and "run the same command again" in said
+        assert read_checkpoint(checkpoint("last", folder))["progress"]["step"] == 3
 
 
 def test_lock_of_a_dead_process_does_not_block(tmp_path, monkeypatch):
