@@ -1,7 +1,7 @@
 """Train a class-conditional denoising diffusion model on Fashion-MNIST, in one file.
 
 Edit the constants, run `python script_unet.py`, open the PNGs: two cores of an AMX Xeon take 2.3 h,
-11 min with EPOCHS = 14, after which a classifier names the clothes as often as it does real ones.
+11 min with EPOCHS = 14, after which a classifier recognises the clothes as often as real ones.
 
 An image is mixed with ever more noise in T steps; a network learns to tell the two apart; sampling
 walks back from pure noise. x_start: a clean image, float (B, 1, H, W) in [-1, 1]; t (B,): the index
@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 EPOCHS = 150                # passes over the training images; after 14, patterns are still vague
 BATCH_SIZE = 256            # images per optimizer step; a CPU is 15% faster with 256 than with 128
 LEARNING_RATE = 2.8e-3      # AdamW's, times min(1, sqrt(20 / EPOCHS)) and (share of the run left)^2
-MUON_LEARNING_RATE = 0.028  # Muon's [9] (orthogonal updates), likewise; for kernels of 16+ channels
+MUON_LEARNING_RATE = 0.028  # Muon's [9], at Jordan's scale, likewise; for kernels of 16+ channels
 WARMUP_STEPS = 100          # learning rates rise over these steps, while running averages settle
 WEIGHT_DECAY = 0.1          # each step shrinks all weights by this times the learning rate
 GRADIENT_CLIP = 1.0         # largest L2 norm of the whole gradient; a safeguard, hardly ever met
@@ -82,8 +82,8 @@ FORMAT = 5  # of the checkpoints, raised when weights of an older version no lon
 MODEL_CONSTANTS = ("FORMAT", "IMG_SIZE", "NUM_CLASSES", "PATCH_SIZE", "CHANNELS", "BLOCKS",
                    "EMBEDDING_DIM", "ATTENTION_HEAD_DIM", "NUM_DIFFUSION_STEPS", "BETA_SCHEDULE",
                    "BETA_START", "BETA_END")  # fixed by training
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # of processes, set by torchrun
-RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # this one's, 0 ... WORLD_SIZE - 1
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes; RANK: this one's number (torchrun)
+RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # other launchers may set it alone
 
 class UserError(Exception):
     """Something that the user can mend; the message names the constant or the file."""
@@ -91,9 +91,9 @@ class UserError(Exception):
 def again():  # for messages: RESUME = False would set aside what there is to go on from
     return f"run the same command again{'' if RESUME else ' with RESUME = True'}"
 def say(text):  # print it at once; where standard output has gone away, on standard error
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError): return print(text, file=stream, flush=True)
-        sys.stdout = sys.stderr  # from now on, also for Python's last flush
+    for name in filter(vars(sys).get, ("stdout", "stderr")):
+        with contextlib.suppress(OSError): return print(text, file=vars(sys)[name], flush=True)
+        setattr(sys, name, None)  # or Python's last flush would fail, and change the exit status
 def model_constants():
     return {name: globals()[name] for name in MODEL_CONSTANTS}
 
@@ -481,7 +481,7 @@ def atomic_write(path, data):
     if RANK: return
     beside = (path := Path(path)).with_name(f".{path.name}.writing")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)  # deleted, say, to be rid of old pictures
+        (path := path.absolute()).parent.mkdir(parents=True, exist_ok=True)  # it may be deleted
         with open(beside, "wb") as file:
             file.write(data)
             file.flush()
@@ -515,7 +515,7 @@ def draw_classes(images, names, title, path):
 def generate_visualizations(model, epoch, final=False):
     """Draw samples of each class, and how the first of each came out of noise: one fixed batch.
     Writes both PNGs of the epoch or, when final, the final samples and an animated GIF."""
-    columns, wide, names, frames = PICTURE_COLUMNS, math.gcd(5, NUM_CLASSES), [], []
+    columns, wide, names, frames = PICTURE_COLUMNS, math.gcd(5, NUM_CLASSES), [], []  # GIF: 5 a row
     def watch(t, x_t):
         names.append("image" if t < 0 else f"t = {t}")
         frames.append(x_t[::columns].to("cpu", copy=True))          # (10, 1, H, W)

@@ -64,6 +64,14 @@ def test_picture_has_a_row_a_class_and_columns_in_order_on_a_fixed_gray_scale(
         assert np.diff(along[0]).min() > 20 and np.ptp(np.diff(along[0])) <= 4
 
 
+def test_more_columns_make_a_wider_picture_not_smaller_clothes(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 30)
+    monkeypatch.setattr(tiny, "sample", coded_sample(lambda c, j, k: 17 + c))
+    generate_visualizations(FashionMNISTUNetDenoiser(), 7)
+    with Image.open(f"{tiny.PICTURE_DIR}/epoch_7_samples.png") as image:
+        assert image.width > 30 * 50 and image.height < 1000
+
+
 def test_grid_of_a_users_style_does_not_cross_the_clothes(tiny, monkeypatch):
     monkeypatch.setattr(tiny, "sample", coded_sample(lambda c, j, k: 17 + c))
     style = {"axes.grid": True, "axes.grid.which": "both", "grid.color": "red",
@@ -163,6 +171,7 @@ def test_loss_picture_can_be_read_off_it_has_decimals_whole_epochs_and_the_last_
         for kind, factor in (("train", 1), ("heldout", 0.9))
         for level in ("loss", "early", "middle", "late")}} for epoch in range(1, epochs + 1)])
     for axes in figures[0].axes:
+        assert axes.get_xlabel() == "epoch" and axes.get_ylabel() == "loss" and axes.get_title()
         for axis, (least, most) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
             labels = {tick: label.get_text() for tick, label in
                       zip(axis.get_majorticklocs(), axis.get_majorticklabels())

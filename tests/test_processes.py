@@ -166,17 +166,21 @@ def test_rank_counts_only_among_several_processes(processes, rank):
 
 
 def test_stopped_process_says_how_to_go_on_and_ends_with_the_signals_status(tmp_path):
-    folders = [tmp_path / name for name in ("read", "unread")]
+    folders = [tmp_path / name for name in ("all", "err", "none")]
     for folder in folders:
         folder.mkdir()
-    read, unread = (start(folder, "kill_at(3, 0, signal.SIGINT)") for folder in folders)
-    unread.stdout.close()   # as that of `python script_unet.py | tee run.log`: Ctrl-C ends both
-    for process, folder in zip((read, unread), folders):
-        status, out, err = finish(process)
-        assert status == 128 + signal.SIGINT and "Traceback" not in err and "Exception" not in err
-        said = out if process is read else err
-        assert "stopped by SIGINT" in said and "run the same command again" in said
+    jobs = [start(folder, "kill_at(3, 0, signal.SIGINT)") for folder in folders]
+    jobs[1].stdout.close()      # as that of `python script_unet.py | tee run.log`: Ctrl-C ends both
+    jobs[2].stdout.close()
+    jobs[2].stderr.close()
+    for job, folder in zip(jobs, folders):
+        status, out, err = finish(job)
+        assert status == 128 + signal.SIGINT
         assert read_checkpoint(checkpoint("last", folder))["progress"]["step"] == 3
+        if job is not jobs[2]:
+            assert "Traceback" not in err and "Exception" not in err
+            said = out if job is jobs[0] else err
+            assert "stopped by SIGINT" in said and "run the same command again" in said
 
 
 def test_lock_of_a_dead_process_does_not_block(tmp_path, monkeypatch):

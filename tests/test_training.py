@@ -42,7 +42,7 @@ def undisturbed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(text):
         set_tiny(patch, folder, **RUN)
         patch.setattr(os, "replace", lambda source, path, replace=os.replace: (
-            renamed.add(str(path)), replace(source, path)))
+            renamed.add(os.path.relpath(path)), replace(source, path)))
         main()
     return folder, text.getvalue(), renamed
 
@@ -470,6 +470,13 @@ def test_newest_checkpoint_is_the_one_of_most_steps(tiny, undisturbed, steps):
     assert path == checkpoint(("last", "best_model", "epoch_2")[steps.index(18)])
 
 
+def test_checkpoint_of_no_step_at_all_is_found(tiny, undisturbed):
+    state = read_checkpoint(checkpoint("last", undisturbed[0]))
+    state["progress"]["step"] = 0
+    torch.save(state, checkpoint("last"))
+    assert newest_checkpoint(state["constants"])[0] == checkpoint("last")
+
+
 def test_files_of_other_runs_are_no_checkpoints_of_this_one(run, undisturbed, monkeypatch):
     monkeypatch.setattr(script_unet, "EPOCHS", 1)
     run()
@@ -783,6 +790,25 @@ def test_working_directory_that_is_deleted_is_an_error_with_the_files_name(tmp_p
     tmp_path.rmdir()
     with pytest.raises(UserError, match="cannot write training_log.csv .No such file"):
         atomic_write("training_log.csv", b"")
+
+
+def test_figures_do_not_outlive_their_epoch(tiny, monkeypatch):
+    drawn, inner = [], tiny.Figure
+
+    def watched(**options):
+        figure = inner(**options)
+        drawn.append(weakref.ref(figure))
+        return figure
+
+    monkeypatch.setattr(tiny, "Figure", watched)
+    alive = []
+    before_step(monkeypatch, STEPS + 1, lambda: alive.extend(ref() for ref in drawn))
+    gc.disable()    # figures are cyclic, and a collection may happen at any time
+    try:
+        main()
+    finally:
+        gc.enable()
+    assert alive == [None] * 3
 
 
 def test_messages_say_what_to_set_so_that_the_next_start_goes_on(tmp_path, monkeypatch):

