@@ -230,7 +230,8 @@ def test_bar_shows_on_a_terminal_alone_what_is_done_of_the_whole_run(run, monkey
         run()
     run()
     shown = bars[1].getvalue()
-    assert (" 400/1800 " in shown and "1800/1800" in shown) if stream is Terminal else not shown
+    expected = (" 400/1800 ", "1800/1800", "epoch 1/3", "epoch 3/3")
+    assert all(text in shown for text in expected) if stream is Terminal else not shown
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
