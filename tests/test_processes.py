@@ -5,6 +5,7 @@ import io
 import os
 import random
 import resource
+import runpy
 import signal
 import socket
 import subprocess
@@ -159,10 +160,10 @@ def test_reader_that_polls_never_meets_half_a_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("processes, rank", [(1, 0), (2, 1)])
-def test_rank_counts_only_among_several_processes(processes, rank):
-    subprocess.run([sys.executable, "-c", f"import script_unet; assert script_unet.RANK == {rank}"],
-                   cwd=ROOT, check=True, env={**os.environ, "RANK": "1",
-                                              "WORLD_SIZE": str(processes)})
+def test_rank_counts_only_among_several_processes(monkeypatch, processes, rank):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert runpy.run_path(str(ROOT / "script_unet.py"))["RANK"] == rank
 
 
 def test_stopped_process_says_how_to_go_on_and_ends_with_the_signals_status(tmp_path):
