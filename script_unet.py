@@ -94,8 +94,8 @@ def say(text):  # print it at once; where standard output has gone away, on stan
     for name in filter(vars(sys).get, ("stdout", "stderr")):
         with contextlib.suppress(OSError): return print(text, file=vars(sys)[name], flush=True)
         setattr(sys, name, None)  # or Python's last flush would fail, and change the exit status
-def model_constants():
-    return {name: globals()[name] for name in MODEL_CONSTANTS}
+def model_constants(others=None):  # as they are now, but for these others
+    return {name: globals()[name] for name in MODEL_CONSTANTS} | (others or {})
 
 def generator(*keys):
     """A torch.Generator, on the CPU, for the stream that the keys name, e.g. "order", SEED, 17."""
@@ -277,7 +277,7 @@ def alphas_cumprod(constants=None):
     """abar (T,), float32: the share of x_start's variance in x_t, [1] eq. 4; a step takes a share
     beta. "cosine": [2] eq. 17, s = 0.008, beta at most 0.999. "linear": [1] section 4, * 1000 / T,
     so any T ends in noise. UserError unless abar[T-1] is 1e-30 to 0.001, each beta 2e-7 or more."""
-    c = {**model_constants(), **(constants or {})}
+    c = model_constants(constants)
     T, start, end = c["NUM_DIFFUSION_STEPS"], c["BETA_START"], c["BETA_END"]
     if c["BETA_SCHEDULE"] == "cosine":
         time = torch.arange(T + 1, dtype=torch.float64) / T
@@ -302,7 +302,7 @@ class FashionMNISTUNetDenoiser(nn.Module):
     `constants` overrides model_constants(), unchecked; the instance keeps all, and abar."""
     def __init__(self, constants=None, dropout=0.0):
         super().__init__()
-        self.constants = c = {**model_constants(), **(constants or {})}
+        self.constants = c = model_constants(constants)
         channels, blocks, dim = c["CHANNELS"], c["BLOCKS"], c["EMBEDDING_DIM"]
         self.register_buffer("abar", alphas_cumprod(c), persistent=False)
         self.register_buffer("epochs", torch.tensor(0))  # of training; see guidance()

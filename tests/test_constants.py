@@ -190,7 +190,7 @@ def test_picture_dir_that_is_a_file_is_refused(tiny, monkeypatch):
         main()
 
 
-@pytest.mark.parametrize("folder", [script_unet.PICTURE_DIR, "models"])
+@pytest.mark.parametrize("folder", [".", script_unet.PICTURE_DIR, "models"])
 def test_folder_that_cannot_be_written_to_is_refused_before_training(tiny, monkeypatch, folder):
     probe, refuse = tiny.tempfile.TemporaryFile, raising(PermissionError(13, "Permission denied"))
     monkeypatch.setattr(tiny, "CHECKPOINT_PREFIX", "models/run")

@@ -61,6 +61,12 @@ def test_schedule_is_that_of_diffusers(kind, steps):
     torch.testing.assert_close(abar_of(kind, steps), expected, rtol=2e-4, atol=1e-7)
 
 
+def test_schedule_of_some_constants_takes_the_others_as_they_are(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "BETA_SCHEDULE", "linear")
+    abar = tiny.alphas_cumprod({"NUM_DIFFUSION_STEPS": 50})
+    torch.testing.assert_close(abar, abar_of("linear", 50))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_q_sample_and_v_are_those_of_diffusers_at_all_t(kind):
     abar, diffusers = abar_of(kind, 100), oracle(DDPMScheduler, kind, 100)
