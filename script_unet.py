@@ -736,8 +736,8 @@ def exit_if_asked(trainer, images, labels, stop):
     if number := over_processes(torch.tensor(max(stop, default=0)), "MAX").item():
         finish_average(trainer, images, labels)
         trainer.save("last")
-        say(f"stopped by {signal.Signals(number).name}, saved in {checkpoint_path('last')}: "
-            f"{again()} to go on")
+        say("\n" * os.isatty(2) + f"stopped by {signal.Signals(number).name}, saved in "
+            f"{checkpoint_path('last')}: {again()} to go on")   # a bar leaves its line unended
         sys.exit(128 + number)
 
 def train(trainer, images, labels, heldout, stop):
@@ -887,8 +887,8 @@ def main():
         try:
             if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-            stack.callback(dist.destroy_process_group)
-            run(stop)
+            stack.push(lambda kind, *_: kind in (None, SystemExit) and dist.destroy_process_group())
+            run(stop)  # where it fails in one process, NCCL's farewell would wait for the others
         except RuntimeError as error:
             raise UserError(f"process {RANK} of {WORLD_SIZE} failed or lost another ({error}): "
                             f"{again()} to go on, one process to see why") from error

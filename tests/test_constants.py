@@ -175,12 +175,30 @@ def test_batch_above_the_data_is_refused(tiny, monkeypatch):
 
 @pytest.mark.parametrize("size", [2, 33])    # one image a process has no statistics; 33 is odd
 def test_batch_that_does_not_suit_the_processes_is_refused(tiny, monkeypatch, size):
-    monkeypatch.setattr(tiny, "WORLD_SIZE", 2)
-    for name in ("init_process_group", "broadcast_object_list", "destroy_process_group"):
-        monkeypatch.setattr(tiny.dist, name, lambda *_args: None)
+    without_others(monkeypatch)
     monkeypatch.setattr(tiny, "BATCH_SIZE", size)
     with pytest.raises(UserError, match=f"BATCH_SIZE must be .* 2 processes, got {size}"):
         main()
+
+
+def without_others(monkeypatch):
+    """Be one of two processes; returns a list that grows when it takes leave of the other."""
+    left = []
+    monkeypatch.setattr(script_unet, "WORLD_SIZE", 2)
+    for name in ("init_process_group", "broadcast_object_list"):
+        monkeypatch.setattr(script_unet.dist, name, lambda *_args: None)
+    monkeypatch.setattr(script_unet.dist, "destroy_process_group", lambda: left.append(True))
+    return left
+
+
+@pytest.mark.parametrize("error, leaves", [
+    (SystemExit, True), (UserError, False), (RuntimeError, False), (KeyboardInterrupt, False)])
+def test_process_that_fails_alone_does_not_wait_for_the_others(tiny, monkeypatch, error, leaves):
+    left = without_others(monkeypatch)
+    monkeypatch.setattr(tiny, "run", raising(error))
+    with pytest.raises(UserError if error is RuntimeError else error):
+        main()
+    assert bool(left) == leaves
 
 
 def test_picture_dir_that_is_a_file_is_refused(tiny, monkeypatch):

@@ -28,8 +28,8 @@ LONG = ["EPOCHS = 24", "CHECKPOINT_EVERY = 5", "PICTURE_COLUMNS = 2", "note_memo
 
 def start(folder, *lines, processes=1):
     """A process, in that folder, that runs main() with tiny constants and these lines."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                f"--log-dir={folder}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+                f"--nproc_per_node={processes}", f"--log-dir={folder}"]
     return subprocess.Popen(
         [sys.executable, *torchrun * (processes > 1), str(ROOT / "tests" / "tiny_run.py"), *lines],
         cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
