@@ -36,6 +36,12 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers in a test, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 def set_tiny(monkeypatch, folder, **constants):
     """Set the tiny configuration, hide GPUs (exactness) and work in the folder."""
     for name, value in {**TINY, **constants}.items():

@@ -255,9 +255,16 @@ def test_broken_download_is_refused_and_made_good_by_the_next_run(places, file, 
 
 def test_interrupted_download_is_made_good_by_the_next_run(places, monkeypatch):
     mirror_files(places)
+
+    def half(self):
+        Path(self.raw_folder).mkdir(parents=True)
+        for name in FILES.values():
+            Path(self.raw_folder, name).write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *_args, **_kwargs: None)  # as kill -9 would
-        patch.setattr(FashionMNIST, "download", raising(KeyboardInterrupt))
+        patch.setattr(FashionMNIST, "download", half)
         with pytest.raises(KeyboardInterrupt):
             find_data()
     assert find_data() == places[0]

@@ -1,11 +1,14 @@
 """tests/benchmarks/evaluate.py: its figures are what their definitions say, worked out by hand."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import checkpoint
 
 import evaluate
+import script_unet
 
 
 def points(*places):
@@ -52,14 +55,18 @@ def test_sets_of_test_images_have_each_class_and_no_image_twice():
 
 @pytest.fixture
 def judge(monkeypatch):
-    """Stand-ins: features are corner pixels, classes the first one's last digit; no cache."""
+    """Stand-ins: features are corner pixels, classes the first one's last digit; a cache of names.
+
+    The names are kept in the list judge.names, and nothing else is.
+    """
+    monkeypatch.names = []
     for name, value in {
             "load_classifier": lambda _seed: SimpleNamespace(name="judge"),
             "classifier_features": lambda _model, images: images[:, 0, 0, :3].float(),
             "predict": lambda _model, features: features[:, 0].long() % 10,
             "load_imagenet": lambda: True, "IMAGENET_REFERENCE": 30,
             "imagenet_features": lambda images: images[:, 0, -1, :2].float(),
-            "cached": lambda _name, compute: compute()}.items():
+            "cached": lambda name, compute: (monkeypatch.names.append(name), compute())[1]}.items():
         monkeypatch.setattr(evaluate, name, value)
     return monkeypatch
 
@@ -89,6 +96,24 @@ def test_figures_are_of_the_images_beside_the_training_images(judge):
     assert torch.equal(ours, generated) and len(real) == len(real.unique(dim=0)) == 20
     assert set(map(tuple, real.tolist())) <= set(map(tuple, corners.tolist()))
     assert "accuracy" not in evaluate.evaluate(images)      # of a model that knows no classes
+
+
+def test_what_is_kept_of_one_judge_or_size_is_not_taken_for_another(judge):
+    draw = torch.randint(0, 256, (100, 1, 28, 28), generator=torch.Generator().manual_seed(0))
+    judge.setattr(evaluate, "real_images", lambda _split: (draw.byte(), torch.arange(100) % 10))
+    judge.setattr(evaluate, "REAL_SETS", 1)
+    judge.setattr(evaluate, "precision_and_recall", lambda *_args: (0.0, 0.0))
+
+    def names(per_class=4):
+        judge.names.clear()
+        evaluate.evaluate_real(per_class)
+        return [name for name in judge.names if not name.startswith("imagenet")]
+
+    reals, features = first = names()
+    assert names() == first and names(5)[1] == features     # found again
+    assert names(5)[0] != reals
+    judge.setattr(evaluate, "load_classifier", lambda _seed: SimpleNamespace(name="another"))
+    assert not {reals, features} & set(names())
 
 
 @pytest.mark.parametrize("per_class, sets", [(200, 5), (100, 5), (500, 2), (600, 1), (1000, 1)])
@@ -137,3 +162,31 @@ def test_figures_of_a_name_are_computed_once_and_a_failure_leaves_no_file(monkey
     assert not list((tmp_path / "cache").iterdir())
     results = [evaluate.cached("one", lambda n=n: {"n": n}) for n in (1, 2)]
     assert results == [{"n": 1}, {"n": 1}]
+
+
+def test_options_are_the_constants_that_the_judged_samples_are_drawn_with(
+        judge, tiny, capsys):
+    options = {"SAMPLING_STEPS": 3, "SAMPLING_ETA": 0.5, "SAMPLING_GRAIN": 0.25,
+               "GUIDANCE_SCALE": 1.5, "SEED": 7}
+    script_unet.Trainer(torch.device("cpu")).save("last")
+    for name in options:
+        judge.setattr(script_unet, name, getattr(script_unet, name))    # and set back at the end
+    drawn, judged = [], []
+
+    def sample(model, labels):
+        drawn.append(({name: getattr(script_unet, name) for name in options}, labels.tolist()))
+        return torch.linspace(-1, 1, len(labels)).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
+
+    judge.setattr(script_unet, "keep_freed_memory", lambda: None)
+    judge.setattr(script_unet, "sample", sample)
+    judge.setattr(evaluate, "evaluate_real", lambda *_args: [{"n": 20}])
+    judge.setattr(evaluate, "evaluate", lambda images, labels, _seed: (
+        judged.append((images[:, 0, 0, 0].tolist(), labels.tolist())), {"n": 20})[1])
+    judge.setattr(sys, "argv", [
+        "evaluate.py", str(checkpoint("last")), "--samples", "2", "--steps", "3", "--eta", "0.5",
+        "--grain", "0.25", "--guidance", "1.5", "--seed", "7"])
+    evaluate.main()
+    labels = [c for c in range(10) for _ in range(2)]
+    assert drawn == [(options, labels)]
+    assert judged == [([round(255 * i / 19) for i in range(20)], labels)]
+    assert " ".join(sys.argv) in capsys.readouterr().out    # a table says what it is of

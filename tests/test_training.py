@@ -644,6 +644,16 @@ def test_disk_space_that_a_resumed_run_has_already_used_is_not_asked_for_again(r
             run()
 
 
+def test_default_checkpoint_is_no_larger_than_the_check_of_disk_space_allows(
+        tmp_path, monkeypatch, pictures):
+    monkeypatch.chdir(tmp_path)
+    trainer = Trainer(CPU)
+    trainer.step(*pictures)
+    trainer.save("last")
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    assert checkpoint("last").stat().st_size < 20 * parameters
+
+
 @pytest.mark.parametrize("prefix", [script_unet.CHECKPOINT_PREFIX, "another"])
 def test_second_run_in_the_folder_is_refused(run, monkeypatch, prefix):
     def start_another():
@@ -993,16 +1003,16 @@ def test_heldout_loss_asks_about_every_image_with_its_label_and_noise_of_its_own
     assert noise.corrcoef().fill_diagonal_(0).abs().max() < 0.25
 
 
-def test_batch_statistics_are_measured_on_noisy_training_images_with_their_labels(
+def test_batch_statistics_are_measured_on_5120_noisy_training_images_with_their_labels(
         tiny, monkeypatch, pictures):
     seen, loss, model = [], tiny.diffusion_loss, FashionMNISTUNetDenoiser()
     monkeypatch.setattr(tiny, "diffusion_loss",
                         lambda model, *args: seen.append(args) or loss(model, *args))
-    refresh_batch_norm(model, *pictures, batches=4, batch_size=100)
+    refresh_batch_norm(model, *pictures)
     x_start, t, y, noise = map(torch.cat, zip(*seen))
     labels = {bytes(x.flatten().tolist()): label for x, label in zip(pictures[0], pictures[1])}
     assert [labels[bytes(x.flatten().tolist())] for x in tiny.to_uint8(x_start)] == y.tolist()
-    assert len(t) == 400 and len(set(t.tolist())) == 20
+    assert len(t) == 5120 and len(set(t.tolist())) == 20
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
 
 
@@ -1198,19 +1208,31 @@ def test_every_image_and_patch_size_trains_and_samples(tiny, monkeypatch, size, 
     assert torch.isfinite(trainer.progress["sums"]).all() and trainer.progress["step"] == 2
 
 
-def test_gradient_is_clipped(tiny, monkeypatch, pictures):
-    norms, clip = [], torch.nn.utils.clip_grad_norm_
+def test_gradient_of_the_mean_loss_is_clipped(tiny, monkeypatch, pictures):
+    norms, losses = [], []
+    clip, loss = torch.nn.utils.clip_grad_norm_, tiny.diffusion_loss
+
+    def norm(gradients):
+        return torch.stack([g.norm() for g in gradients]).norm().item()
 
     def watched(parameters, limit):
         parameters = list(parameters)
+        norms.append(norm([p.grad for p in parameters]))
         total = clip(parameters, limit)
-        norms.append(torch.stack([p.grad.norm() for p in parameters]).norm().item())
+        norms.append(norm([p.grad for p in parameters]))
         return total
 
+    def kept(model, *args):
+        each = loss(model, *args)
+        mean = sum(each) / len(each)
+        losses.append(norm(torch.autograd.grad(mean, list(model.parameters()), retain_graph=True)))
+        return each
+
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    monkeypatch.setattr(tiny, "diffusion_loss", kept)
     monkeypatch.setattr(tiny, "GRADIENT_CLIP", 1e-3)
     Trainer(CPU).step(*pictures)
-    assert norms == [pytest.approx(1e-3, rel=0.01)]
+    assert norms == [pytest.approx(losses[0], rel=1e-4), pytest.approx(1e-3, rel=0.01)]
 
 
 @pytest.mark.parametrize("gamma", [0.0, 4.0, 16.0])

@@ -109,7 +109,7 @@ class Classifier(nn.Module):
 
 def train_classifier(seed, device, epochs=CLASSIFIER_EPOCHS, batch_size=256):
     """A Classifier trained on the training images; another machine trains another one."""
-    print(f"training the classifier of seed {seed}, once: 9 to 20 minutes on two cores", flush=True)
+    print(f"training the classifier of seed {seed}, once: 9 to 26 minutes on two cores", flush=True)
     images, labels = (part.to(device) for part in real_images("train"))
     steps = len(images) // batch_size
     with torch.random.fork_rng():  # the caller's random numbers stay as they were
@@ -265,7 +265,8 @@ def evaluate(images, labels=None, classifier_seed=0):
     figures = {"n": n, "frechet": frechet(reference, features)}
     if load_imagenet():
         figures["imagenet"] = frechet(
-            cached("imagenet", lambda: imagenet_features(training[:IMAGENET_REFERENCE])),
+            cached(f"imagenet{IMAGENET_REFERENCE}",
+                   lambda: imagenet_features(training[:IMAGENET_REFERENCE])),
             imagenet_features(images))
     if labels is not None:
         figures["accuracy"] = share(predict(model, features) == labels.cpu())
@@ -280,8 +281,8 @@ def evaluate(images, labels=None, classifier_seed=0):
 
 def evaluate_real(per_class, classifier_seed=0):
     """evaluate() of each of up to REAL_SETS sets of test images, `per_class` a class, as a list."""
-    name = f"reals{REAL_SETS}_{load_classifier(classifier_seed).name}_{per_class}"
-    name += "_imagenet" * bool(load_imagenet())
+    name = f"reals{REAL_SETS}_k{NEIGHBOURS}_{load_classifier(classifier_seed).name}_{per_class}"
+    name += f"_imagenet{IMAGENET_REFERENCE}" * bool(load_imagenet())
     skips = range(0, 1001 - per_class, per_class)[:REAL_SETS]       # 1,000 test images a class
     return cached(name, lambda: [evaluate(*some_of_each_class(
         *real_images("test"), per_class, skip), classifier_seed) for skip in skips])
@@ -387,9 +388,10 @@ def main():
     start = time.perf_counter()
     images = script_unet.to_uint8(script_unet.sample(model, labels)).cpu()  # waits for the device
     seconds = time.perf_counter() - start
-    print(f"{args.checkpoint}: {args.samples} samples a class of seed {script_unet.SEED}, guidance "
-          f"{script_unet.guidance(model):.3f}, {min(script_unet.SAMPLING_STEPS, len(model.abar))} "
-          f"steps, drawn in {seconds:.1f} s")
+    print(f"evaluate.py {' '.join(sys.argv[1:])}\n{args.samples} samples a class of seed "
+          f"{script_unet.SEED}, guidance {script_unet.guidance(model):.3f}, "
+          f"{min(script_unet.SAMPLING_STEPS, len(model.abar))} steps, "
+          f"{script_unet.precision(model.abar.device)}, drawn in {seconds:.1f} s")
     print_table(evaluate(images, labels, args.classifier_seed), reals,
                 load_classifier(args.classifier_seed).name)
     if picture:

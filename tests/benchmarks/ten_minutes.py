@@ -5,9 +5,9 @@
     python tests/benchmarks/ten_minutes.py --seconds 120 'CHANNELS=(64, 128)' 'BLOCKS=(1, 1)'
 
 Trains this project's configuration, or one with other constants, for as many epochs, at
-least one, as by a trial of 110 seconds fit into the time (which the run may miss by a tenth, a
-short one by more), or one of the peers in peers.py by its published recipe until the time is up;
-the peers have keep_freed_memory() as well.
+least one, as by a trial of 110 seconds fit into the time (what is left over may be most of an
+epoch, and the run a tenth faster or slower than the trial), or one of the peers in peers.py by
+its published recipe until the time is up; the peers have keep_freed_memory() as well.
 Then samples it, prints evaluate.py's table and saves figures.json, the samples and, of a peer,
 peer.pt. Only training steps count as training time: what script_unet.py does between epochs
 (held-out loss, pictures, checkpoints) is added apart.
@@ -155,7 +155,8 @@ def main():
     figures = evaluate.evaluate(samples, asked, args.classifier_seed)
     judge = evaluate.load_classifier(args.classifier_seed).name
     (folder / "figures.json").write_text(json.dumps(
-        {"figures": figures, "real": reals, "classifier": judge, "seed": args.seed}, indent=1))
+        {"name": name, "figures": figures, "real": reals, "classifier": judge, "seed": args.seed},
+        indent=1))
     print(f"{name}: {len(samples):,} samples drawn in {seconds:.1f} s, see {folder}/samples.png")
     evaluate.print_table(figures, reals, judge)
 
