@@ -855,14 +855,14 @@ def run(stop):
     now.update(state.get("progress", {}))
     report(trainer.model, folder, images, heldout[0], EPOCHS - now["epoch"])
     if path:
-        for name in TRAINED:
-            getattr(trainer, name).load_state_dict(state.pop(name))
+        for name in TRAINED: getattr(trainer, name).load_state_dict(state.pop(name))
         say(f"resuming   {path}: {now['epoch']} epochs and {now['position']} images of the next "
             "are done (RESUME = False starts anew)")
         if now["epoch"] and not find_checkpoints(["best_model"]):   # damaged: now the last is best
             now.update(best_epoch=now["epoch"], best_loss=now["history"][-1]["heldout_loss"])
             trainer.save("last", "best_model")
         if now["position"] == 0: trainer.save_epoch()   # what a kill between two files left out
+    stop.clear()
     train(trainer, images, labels, heldout, stop)
     generate_visualizations(trainer.average, now["epoch"], final=True)
     say(f"finished   {now['epoch']} epochs: see final_fashion_mnist_samples.png; best held-out "
@@ -872,10 +872,10 @@ def main():
     """Train, resume or finish the run in the working directory. Raises UserError, SystemExit."""
     check_constants()
     keep_freed_memory()
-    stop = []
+    stop = [0]  # until there is something to save
     def remember(number, _frame):
-        if stop and number == signal.SIGINT and "RANK" not in os.environ:  # torchrun repeats it
-            raise KeyboardInterrupt  # asked twice: at once
+        if stop == [0] or stop and number == signal.SIGINT and "RANK" not in os.environ:
+            sys.exit(128 + number)  # at once; so when asked twice, but torchrun repeats Ctrl-C
         stop.append(number)
         if not RANK and os.isatty(2): os.write(2, b"\nstopping when this is done and saved\n")
     with contextlib.ExitStack() as stack:

@@ -312,12 +312,36 @@ def test_second_ctrl_c_stops_at_once_and_the_epochs_before_are_kept(run, undistu
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         before_step(patch, STEPS + 2, lambda: [signal.raise_signal(signal.SIGINT) for _ in "12"])
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit) as stopped:
             run()
+    assert stopped.value.code == 128 + signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is handler
     assert read_checkpoint(checkpoint("last"))["progress"]["step"] == STEPS
     run()
     assert_as_undisturbed(undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("begun", [False, True])
+def test_signal_before_the_first_step_is_answered_at_once_and_leaves_the_checkpoints(
+        run, monkeypatch, number, begun):
+    if begun:
+        monkeypatch.setattr(script_unet, "EPOCHS", 1)
+        run()
+        monkeypatch.setattr(script_unet, "EPOCHS", 2)
+    before = {path: path.read_bytes() for path in Path().glob("*.pt")}
+    asked = []
+
+    def download():     # or whatever takes long at the start
+        signal.raise_signal(number)
+        asked.append("in vain")
+
+    monkeypatch.setattr(script_unet, "find_data", download)
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    assert stopped.value.code == 128 + number and not asked
+    assert {path: path.read_bytes() for path in Path().glob("*.pt")} == before
+    assert len(before) == 2 * begun     # last and best_model
 
 
 @pytest.mark.parametrize("number, launcher", [(signal.SIGTERM, {}), (signal.SIGINT, {"RANK": "0"})])
