@@ -736,7 +736,7 @@ def exit_if_asked(trainer, images, labels, stop):
     if number := over_processes(torch.tensor(max(stop, default=0)), "MAX").item():
         finish_average(trainer, images, labels)
         trainer.save("last")
-        say("\n" * os.isatty(2) + f"stopped by {signal.Signals(number).name}, saved in "
+        say("\n" * os.isatty(1) + f"stopped by {signal.Signals(number).name}, saved in "
             f"{checkpoint_path('last')}: {again()} to go on")   # a bar leaves its line unended
         sys.exit(128 + number)
 
@@ -872,7 +872,7 @@ def main():
     """Train, resume or finish the run in the working directory. Raises UserError, SystemExit."""
     check_constants()
     keep_freed_memory()
-    stop = [0]  # until there is something to save
+    stop = [0] * (WORLD_SIZE == 1)  # until there is something to save; several leave together
     def remember(number, _frame):
         if stop == [0] or stop and number == signal.SIGINT and "RANK" not in os.environ:
             sys.exit(128 + number)  # at once; so when asked twice, but torchrun repeats Ctrl-C

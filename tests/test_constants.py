@@ -192,8 +192,8 @@ def without_others(monkeypatch):
 
 
 @pytest.mark.parametrize("error, leaves", [
-    (SystemExit, True), (UserError, False), (RuntimeError, False), (KeyboardInterrupt, False)])
-def test_process_that_fails_alone_does_not_wait_for_the_others(tiny, monkeypatch, error, leaves):
+    (SystemExit, True), (UserError, False), (RuntimeError, False)])
+def test_processes_take_leave_of_each_other_unless_one_fails(tiny, monkeypatch, error, leaves):
     left = without_others(monkeypatch)
     monkeypatch.setattr(tiny, "run", raising(error))
     with pytest.raises(UserError if error is RuntimeError else error):

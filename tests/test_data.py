@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, raising
+from conftest import DATA
 from PIL import Image
 from torchvision.datasets import FashionMNIST
 

@@ -98,7 +98,7 @@ def test_figures_are_of_the_images_beside_the_training_images(judge):
     assert "accuracy" not in evaluate.evaluate(images)      # of a model that knows no classes
 
 
-def test_what_is_kept_of_one_judge_or_size_is_not_taken_for_another(judge):
+def test_what_is_kept_of_one_judge_size_or_setting_is_not_taken_for_another(judge):
     draw = torch.randint(0, 256, (100, 1, 28, 28), generator=torch.Generator().manual_seed(0))
     judge.setattr(evaluate, "real_images", lambda _split: (draw.byte(), torch.arange(100) % 10))
     judge.setattr(evaluate, "REAL_SETS", 1)
@@ -107,13 +107,17 @@ def test_what_is_kept_of_one_judge_or_size_is_not_taken_for_another(judge):
     def names(per_class=4):
         judge.names.clear()
         evaluate.evaluate_real(per_class)
-        return [name for name in judge.names if not name.startswith("imagenet")]
+        return judge.names[:]
 
-    reals, features = first = names()
-    assert names() == first and names(5)[1] == features     # found again
+    reals, features, imagenet = first = names()
+    assert names() == first and names(5)[1:] == [features, imagenet]    # found again
     assert names(5)[0] != reals
+    for setting, kept in (("NEIGHBOURS", {features, imagenet}), ("IMAGENET_REFERENCE", {features})):
+        with judge.context() as patch:
+            patch.setattr(evaluate, setting, 7)
+            assert set(names()) & set(first) == kept
     judge.setattr(evaluate, "load_classifier", lambda _seed: SimpleNamespace(name="another"))
-    assert not {reals, features} & set(names())
+    assert set(names()) & set(first) == {imagenet}
 
 
 @pytest.mark.parametrize("per_class, sets", [(200, 5), (100, 5), (500, 2), (600, 1), (1000, 1)])

@@ -322,9 +322,10 @@ def test_second_ctrl_c_stops_at_once_and_the_epochs_before_are_kept(run, undistu
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("begun, during", [
+    (False, "find_data"), (True, "newest_checkpoint"), (True, "report")])
 def test_signal_before_the_first_step_is_answered_at_once_and_leaves_the_checkpoints(
-        run, monkeypatch, number, begun):
+        run, monkeypatch, number, begun, during):
     if begun:
         monkeypatch.setattr(script_unet, "EPOCHS", 1)
         run()
@@ -332,11 +333,11 @@ def test_signal_before_the_first_step_is_answered_at_once_and_leaves_the_checkpo
     before = {path: path.read_bytes() for path in Path().glob("*.pt")}
     asked = []
 
-    def download():     # or whatever takes long at the start
+    def ask(*_args):
         signal.raise_signal(number)
         asked.append("in vain")
 
-    monkeypatch.setattr(script_unet, "find_data", download)
+    monkeypatch.setattr(script_unet, during, ask)
     with pytest.raises(SystemExit) as stopped:
         run()
     assert stopped.value.code == 128 + number and not asked
