@@ -173,14 +173,6 @@ def test_batch_above_the_data_is_refused(tiny, monkeypatch):
         main()
 
 
-@pytest.mark.parametrize("size", [2, 33])    # one image a process has no statistics; 33 is odd
-def test_batch_that_does_not_suit_the_processes_is_refused(tiny, monkeypatch, size):
-    without_others(monkeypatch)
-    monkeypatch.setattr(tiny, "BATCH_SIZE", size)
-    with pytest.raises(UserError, match=f"BATCH_SIZE must be .* 2 processes, got {size}"):
-        main()
-
-
 def without_others(monkeypatch):
     """Be one of two processes; returns a list that grows when it takes leave of the other."""
     left = []
@@ -189,6 +181,14 @@ def without_others(monkeypatch):
         monkeypatch.setattr(script_unet.dist, name, lambda *_args: None)
     monkeypatch.setattr(script_unet.dist, "destroy_process_group", lambda: left.append(True))
     return left
+
+
+@pytest.mark.parametrize("size", [2, 33])    # one image a process has no statistics; 33 is odd
+def test_batch_that_does_not_suit_the_processes_is_refused(tiny, monkeypatch, size):
+    without_others(monkeypatch)
+    monkeypatch.setattr(tiny, "BATCH_SIZE", size)
+    with pytest.raises(UserError, match=f"BATCH_SIZE must be .* 2 processes, got {size}"):
+        main()
 
 
 @pytest.mark.parametrize("error, leaves", [
