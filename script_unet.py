@@ -4,8 +4,8 @@ Edit the constants, run `python script_unet.py`, open the PNGs: two cores of an 
 11 min with EPOCHS = 14, after which a classifier recognises the clothes as often as real ones.
 
 An image is mixed with ever more noise in T steps; a network learns to tell the two apart; sampling
-walks back from pure noise. x_start: a clean image, float (B, 1, H, W) in [-1, 1]; t (B,): the index
-of a step, 0 (almost clean) ... T-1 (pure noise); x_t: x_start after step t; abar: alphas_cumprod.
+walks back from pure noise. x_start: a clean image, float (B, 1, H, W) in [-1, 1]; t (B,): a step, 0
+(almost clean) ... T-1 (noise); x_t: x_start after step t; abar[t]: x_start's share of its variance.
 
 [1] Ho, Jain, Abbeel, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
 [2] Nichol, Dhariwal, Improved Denoising Diffusion Probabilistic Models, arXiv:2102.09672
@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 # Training
 EPOCHS = 150                # passes over the training images; after 14, patterns are still vague
 BATCH_SIZE = 256            # images per optimizer step; a CPU is 15% faster with 256 than with 128
-LEARNING_RATE = 2.8e-3      # AdamW's, times min(1, sqrt(20 / EPOCHS)) and (share of the run left)^2
+LEARNING_RATE = 2.8e-3      # AdamW's, times min(1, sqrt(20 / EPOCHS)); falls to 0, see Trainer.step
 MUON_LEARNING_RATE = 0.028  # Muon's [9], at Jordan's scale, likewise; for kernels of 16+ channels
 WARMUP_STEPS = 100          # learning rates rise over these steps, while running averages settle
 WEIGHT_DECAY = 0.1          # each step shrinks all weights by this times the learning rate
@@ -46,7 +46,7 @@ GRADIENT_CLIP = 1.0         # largest L2 norm of the whole gradient; a safeguard
 DROPOUT = 0.0               # probability in each residual block; 60,000 images need none
 LABEL_DROPOUT = 0.1         # share of labels that become the null class (any), for guidance [5]
 EMA_GAMMA = 16.0            # the averaged weights [8] lag 1 / (2 + this) of the steps so far
-SEED = 0                    # all randomness is a function of SEED and, in training, of the step
+SEED = 0                    # fixes, with the step, all randomness but that of the held-out loss
 # Data
 IMG_SIZE = 28               # pixels a side, 16 to 64; other sizes than 28 are resampled
 DATA_DIR = "data"           # torchvision's layout, and where its download goes
@@ -66,7 +66,7 @@ BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled b
 SAMPLING_STEPS = 22         # of the T steps; more are slower and hardly better
 SAMPLING_ETA = 0.0          # noise added at each step: 0: none [6]; 1: all of DDPM's [1, 3]
 SAMPLING_GRAIN = 0.75       # gray levels of noise left on clothes, as cloth has grain; 0: none
-GUIDANCE_SCALE = 0.0        # 0: 2.8 early to 1.5 (150 epochs); 1: off; more: clearer, less real
+GUIDANCE_SCALE = 0.0        # 0: by epochs trained, 2.8 to 1.5; 1: off; more: clearer, less real
 # Machine and output, in the working directory
 PRECISION = "auto"          # "auto": bf16 where the hardware computes in it; or "bf16", "fp32"
 RESUME = True               # go on from the newest checkpoint; False sets older ones aside
@@ -85,8 +85,7 @@ MODEL_CONSTANTS = ("FORMAT", "IMG_SIZE", "NUM_CLASSES", "PATCH_SIZE", "CHANNELS"
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes; RANK: this one's number (torchrun)
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # other launchers may set it alone
 
-class UserError(Exception):
-    """Something that the user can mend; the message names the constant or the file."""
+class UserError(Exception): """Something the user can mend; it names the constant or the file."""
 
 def again():  # for messages: RESUME = False would set aside what there is to go on from
     return f"run the same command again{'' if RESUME else ' with RESUME = True'}"
@@ -232,8 +231,7 @@ class ResBlock(nn.Module):
 
 class Blocks(nn.ModuleList):  # ResBlocks in a row; (B, C, H, W), emb (B, E) -> (B, C, H, W)
     def forward(self, x, emb):
-        for block in self:
-            x = block(x, emb)
+        for block in self: x = block(x, emb)
         return x                                                    # (B, C, H, W)
 
 class Down(nn.Module):
@@ -410,7 +408,7 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     def predict(net, x_t, t):  # x_start (N, 1, H, W)
         return torch.cat([predict_x_start(net, x, torch.full_like(y, t), y) for x, y in zip(
             x_t.split(batch_size), labels.split(batch_size))]).clamp(-1, 1)
-    x_t, s, scale = fresh_noise(), None, guidance_scale or guidance(model)  # s: the step before t
+    x_t, s, scale = fresh_noise(), None, guidance_scale or guidance(model)  # s: the t before this
     u = np.linspace(1, 0, min(steps, T))                    # t / (T - 1), from noise to image
     u += (1 - len(u) / T) * u * (1 - u) * (2 * u - 1)       # denser at both ends, unless all T
     visited = (u * (T - 1)).round().astype(int).tolist()
@@ -654,7 +652,7 @@ class Trainer:
         # Muon orthogonalizes updates of matrices (out, h * w * in): views of the kernels' memory
         self.matrices = [nn.Parameter(k.data.movedim(1, 3).view(len(k), -1)) for k in self.kernels]
         self.muon = torch.optim.Muon([{"params": self.matrices}], MUON_LEARNING_RATE,
-                                     momentum=0.9, ns_steps=3)  # torch's 0.95 learns slower
+                                     momentum=0.9, ns_steps=3)  # torch's 0.95 and 5 are slower
         self.adamw = torch.optim.AdamW(rest, LEARNING_RATE, (0.9, 0.99), fused=True)
         self.progress = {"epoch": 0, "position": 0, "step": 0, "sums": torch.zeros(2, 3),
                          "best_loss": math.inf, "best_epoch": 0, "history": []}
@@ -663,8 +661,7 @@ class Trainer:
         check_loss(0 * sum(p.sum() for p in self.model.parameters()).item())  # 0, or NaN: diverged
         torch.save({"constants": self.model.constants, "progress": self.progress,
                     **{x: getattr(self, x).state_dict() for x in TRAINED}}, buffer := io.BytesIO())
-        for name in names:
-            atomic_write(checkpoint_path(name), buffer.getbuffer())
+        for name in names: atomic_write(checkpoint_path(name), buffer.getbuffer())
 
     def save_epoch(self):
         """Write the checkpoints that are due at the end of an epoch, "last" last."""
@@ -688,10 +685,10 @@ class Trainer:
         losses = diffusion_loss(self.network.train(), to_float(images[batch]), t, y, noise)
         losses.mean().backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
-        for kernel, matrix in zip(self.kernels, self.matrices):
-            matrix.grad = kernel.grad.movedim(1, 3).flatten(1)      # as in self.matrices
+        for m, k in zip(self.matrices, self.kernels): m.grad = k.grad.movedim(1, 3).flatten(1)
         left = 1 - (now["epoch"] + now["position"] / len(images)) / EPOCHS  # 1 to 0, of the run
-        factor = min(1, (now["step"] + 1) / WARMUP_STEPS) * left**2 * min(1, 20 / EPOCHS) ** 0.5
+        factor = min(1, (now["step"] + 1) / WARMUP_STEPS) * min(1, 20 / EPOCHS) ** 0.5
+        factor *= left ** min(2, max(1, EPOCHS / 6))    # on a line up to 6 epochs; from 12 a square
         for opt in (self.muon, self.adamw):
             opt.param_groups[0].update(lr=factor * opt.defaults["lr"], weight_decay=WEIGHT_DECAY)
             with InFloat32() if precision(device) == "fp32" else contextlib.nullcontext():
@@ -702,11 +699,12 @@ class Trainer:
         update_average(self.average, self.model, now["step"])
 
 def finish_average(trainer, images, labels):
-    """Make the averaged weights ready for sample(). In the first 3 epochs, or EPOCHS / 4 if fewer,
+    """Make the averaged weights ready for sample(). In the first 3 epochs, or 3/8 of fewer than 8,
     the guide becomes a copy, its classes a fifth nearer to a trained null class; then it stays."""
     refresh_batch_norm(trainer.average, images, labels)
-    trainer.average.epochs.fill_(trainer.progress["epoch"] + (trainer.progress["position"] > 0))
-    if trainer.progress["epoch"] < min(3, EPOCHS / 4):
+    done = trainer.progress["epoch"] + trainer.progress["position"] / len(images)
+    trainer.average.epochs.fill_(math.ceil(done))
+    if done <= min(3, 3 / 8 * EPOCHS):
         trainer.guide.load_state_dict(trainer.average.state_dict())
         classes = trainer.guide.class_embedding.weight
         if LABEL_DROPOUT: classes[:-1].lerp_(classes[-1], 0.2)  # weaker: it errs alike, but more
@@ -754,6 +752,8 @@ def train(trainer, images, labels, heldout, stop):
                     loss = check_loss(mean_losses(now["sums"])["loss"])
                     bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
                 bar.update(BATCH_SIZE)
+                if EPOCHS < 8 and now["step"] == EPOCHS * 3 * per_epoch // BATCH_SIZE // 8:
+                    finish_average(trainer, images, labels)     # for the guide
                 exit_if_asked(trainer, images, labels, stop)
             rate = (now["position"] - position) / (time.perf_counter() - began)
             finish_epoch(trainer, images, labels, heldout)
@@ -862,7 +862,7 @@ def run(stop):
             now.update(best_epoch=now["epoch"], best_loss=now["history"][-1]["heldout_loss"])
             trainer.save("last", "best_model")
         if now["position"] == 0: trainer.save_epoch()   # what a kill between two files left out
-    stop.clear()
+    stop[:] = filter(None, stop)  # the mark of main() goes, a signal to several stays
     train(trainer, images, labels, heldout, stop)
     generate_visualizations(trainer.average, now["epoch"], final=True)
     say(f"finished   {now['epoch']} epochs: see final_fashion_mnist_samples.png; best held-out "

@@ -5,12 +5,14 @@ import importlib.util
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import symtable
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, raising
 
 import script_unet
@@ -199,6 +201,28 @@ def test_processes_take_leave_of_each_other_unless_one_fails(tiny, monkeypatch, 
     with pytest.raises(UserError if error is RuntimeError else error):
         main()
     assert bool(left) == leaves
+
+
+def test_signal_to_several_processes_before_the_first_step_reaches_training(tiny, monkeypatch):
+    without_others(monkeypatch)
+    monkeypatch.setattr(tiny.nn.parallel, "DistributedDataParallel", lambda model: model)
+    monkeypatch.setattr(tiny, "report", lambda *_args: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(tiny, "train", lambda *args: sys.exit(f"asked by {args[-1]}"))
+    with pytest.raises(SystemExit, match=re.escape(f"asked by {[signal.SIGTERM.value]}")):
+        main()
+
+
+def test_each_process_takes_its_own_gpu_and_both_ways_to_the_others(tiny, monkeypatch):
+    without_others(monkeypatch)
+    asked = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(tiny.dist, "init_process_group", asked.append)
+    monkeypatch.setattr(tiny, "run", raising(SystemExit))
+    with pytest.raises(SystemExit):
+        main()
+    assert asked == [3, "cpu:gloo,cuda:nccl"]   # exit_if_asked() speaks of the CPU's numbers
 
 
 def test_picture_dir_that_is_a_file_is_refused(tiny, monkeypatch):

@@ -331,6 +331,14 @@ def test_image_i_depends_on_seed_and_i_alone(model, eta, scale, monkeypatch):
     assert (same_label[0] - same_label[1]).abs().max() > 0.1
 
 
+def test_images_of_neighbouring_seeds_have_no_noise_in_common(model):
+    noises = []
+    for seed in (5, 6):
+        sample(model, [0] * 8, steps=1, guidance_scale=1.0, seed=seed,
+               callback=lambda t, x_t: noises.append(x_t.flatten(1)) if t >= 0 else None)
+    assert torch.cdist(*noises).min() > 20      # about 40 = sqrt(2 * 28 * 28)
+
+
 @pytest.mark.parametrize("eta, scale", [(0.0, 1.0), (1.0, 2.0)])
 def test_no_labels_give_no_images(model, eta, scale):
     images = sample(model, torch.arange(0), eta=eta, guidance_scale=scale)

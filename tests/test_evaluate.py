@@ -194,3 +194,28 @@ def test_options_are_the_constants_that_the_judged_samples_are_drawn_with(
     assert drawn == [(options, labels)]
     assert judged == [([round(255 * i / 19) for i in range(20)], labels)]
     assert " ".join(sys.argv) in capsys.readouterr().out    # a table says what it is of
+
+
+@pytest.mark.parametrize("options, share", [([], 0.2), (["--guide-dropout", "0.7"], 0.7)])
+def test_guide_that_is_named_guides_and_is_told_so_much_of_the_class(judge, tiny, options, share):
+    for seed, what in enumerate(("last", "best_model")):
+        judge.setattr(tiny, "SEED", seed)
+        script_unet.Trainer(torch.device("cpu")).save(what)
+    guides = []
+
+    def sample(model, labels):
+        guides.append(model.guide[0])
+        return torch.zeros(len(labels), 1, 28, 28)
+
+    judge.setattr(script_unet, "keep_freed_memory", lambda: None)
+    judge.setattr(script_unet, "sample", sample)
+    judge.setattr(evaluate, "evaluate_real", lambda *_args: [{"n": 10}])
+    judge.setattr(evaluate, "evaluate", lambda *_args: {"n": 10})
+    judge.setattr(sys, "argv", [
+        "evaluate.py", str(checkpoint("last")), "--samples", "1", "--guidance", "2",
+        "--guide", str(checkpoint("best_model")), *options])
+    evaluate.main()
+    told, = (guide.class_embedding.weight for guide in guides)
+    own = script_unet.load_denoiser(checkpoint("best_model")).class_embedding.weight
+    torch.testing.assert_close(told[:-1], (1 - share) * own[:-1] + share * own[-1])
+    assert torch.equal(told[-1], own[-1])

@@ -249,6 +249,11 @@ def test_untrained_model_predicts_v_zero(tiny):
     assert v.shape == (4, 1, 28, 28) and not v.any()
 
 
+def test_classes_start_near_each_other():
+    classes = FashionMNISTUNetDenoiser().class_embedding.weight     # torch's 1 trained much worse
+    assert classes.std().item() == pytest.approx(0.5, rel=0.1)
+
+
 def test_prediction_depends_on_time_and_on_each_class_and_the_null_class(tiny):
     model, classes = awake(FashionMNISTUNetDenoiser()), torch.arange(tiny.NUM_CLASSES + 1)
     x_t = torch.randn(1, 1, 28, 28).expand(len(classes), -1, -1, -1)

@@ -59,7 +59,8 @@ class Trial:
         self.steps = len(images) // batch           # of an epoch
         step = torch.arange(self.steps * epochs, dtype=torch.float64)
         done = (step // self.steps + step % self.steps * batch / len(images)) / epochs
-        factors = ((step + 1) / script_unet.WARMUP_STEPS).clamp(max=1) * (1 - done)**2
+        factors = ((step + 1) / script_unet.WARMUP_STEPS).clamp(max=1)
+        factors *= (1 - done) ** min(2, max(1, epochs / 6))
         self.factors = (factors * min(1, 20 / epochs)**0.5).float().to(self.device)
         self.weights = 1 - (1 - 1 / (step + 1)) ** (script_unet.EMA_GAMMA + 1)
         self.weights = self.weights.float().to(self.device)     # of the average
@@ -196,6 +197,8 @@ def main():
     args = parser.parse_args()
     script_unet.EPOCHS = args.epochs
     script_unet.check_constants()
+    if args.epochs < 8:     # where train() makes the guide within an epoch
+        parser.error(f"--epochs must be 8 or more, got {args.epochs}")
     if len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--seeds must differ, got {args.seeds}")
     for path in (Path(f"trial_seed{seed}_last.pt") for seed in args.seeds):
