@@ -686,7 +686,7 @@ class Trainer:
         losses.mean().backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         for m, k in zip(self.matrices, self.kernels): m.grad = k.grad.movedim(1, 3).flatten(1)
-        left = 1 - (now["epoch"] + now["position"] / len(images)) / EPOCHS  # 1 to 0, of the run
+        left = max(0, 1 - (now["epoch"] + now["position"] / len(images)) / EPOCHS)  # of the run
         factor = min(1, (now["step"] + 1) / WARMUP_STEPS) * min(1, 20 / EPOCHS) ** 0.5
         factor *= left ** min(2, max(1, EPOCHS / 6))    # on a line up to 6 epochs; from 12 a square
         for opt in (self.muon, self.adamw):
@@ -697,6 +697,8 @@ class Trainer:
         now.update(step=now["step"] + 1, position=now["position"] + BATCH_SIZE)
         now["sums"] = now["sums"].to(device) + over_processes(by_noise_level(losses, t, T))
         update_average(self.average, self.model, now["step"])
+        done, ahead = (now["epoch"] + (now["position"] + n) / len(images) for n in (0, BATCH_SIZE))
+        if EPOCHS < 8 and done <= 3 / 8 * EPOCHS < ahead: finish_average(self, images, labels)
 
 def finish_average(trainer, images, labels):
     """Make the averaged weights ready for sample(). In the first 3 epochs, or 3/8 of fewer than 8,
@@ -704,7 +706,7 @@ def finish_average(trainer, images, labels):
     refresh_batch_norm(trainer.average, images, labels)
     done = trainer.progress["epoch"] + trainer.progress["position"] / len(images)
     trainer.average.epochs.fill_(math.ceil(done))
-    if done <= min(3, 3 / 8 * EPOCHS):
+    if done <= min(3, 3 / 8 * EPOCHS) or not trainer.guide.epochs:
         trainer.guide.load_state_dict(trainer.average.state_dict())
         classes = trainer.guide.class_embedding.weight
         if LABEL_DROPOUT: classes[:-1].lerp_(classes[-1], 0.2)  # weaker: it errs alike, but more
@@ -752,8 +754,6 @@ def train(trainer, images, labels, heldout, stop):
                     loss = check_loss(mean_losses(now["sums"])["loss"])
                     bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
                 bar.update(BATCH_SIZE)
-                if EPOCHS < 8 and now["step"] == EPOCHS * 3 * per_epoch // BATCH_SIZE // 8:
-                    finish_average(trainer, images, labels)     # for the guide
                 exit_if_asked(trainer, images, labels, stop)
             rate = (now["position"] - position) / (time.perf_counter() - began)
             finish_epoch(trainer, images, labels, heldout)

@@ -955,9 +955,9 @@ def test_successor_of_a_lost_best_checkpoint_is_the_best_even_after_a_crash(run,
     assert read_checkpoint(checkpoint("best_model"))["progress"]["epoch"] == 3
 
 
-@pytest.mark.parametrize("epochs, sources", [(8, (0, 1, 2, 2)), (14, (0, 1, 2, 2))])
-def test_guide_is_the_average_for_three_epochs_and_then_stays_behind(
-        run, monkeypatch, epochs, sources):
+@pytest.mark.parametrize("epochs", [8, 14])
+def test_guide_is_the_average_for_three_epochs_and_then_stays_behind(run, monkeypatch, epochs):
+    sources = (0, 1, 2, 2)
     for name, value in (("EPOCHS", epochs), ("CHECKPOINT_EVERY", 1)):
         monkeypatch.setattr(script_unet, name, value)
     before_step(monkeypatch, len(sources) * STEPS + 1, fail)
@@ -973,7 +973,7 @@ def test_guide_is_the_average_for_three_epochs_and_then_stays_behind(
     assert not same(states[1]["guide"], states[0]["guide"])
 
 
-@pytest.mark.parametrize("epochs", [2, 7])
+@pytest.mark.parametrize("epochs", [2, 4, 7])
 def test_guide_of_a_short_run_is_the_average_after_three_eighths_of_it(
         tiny, run, monkeypatch, epochs):
     monkeypatch.setattr(tiny, "EPOCHS", epochs)
@@ -991,6 +991,41 @@ def test_guide_of_a_short_run_is_the_average_after_three_eighths_of_it(
     assert same(averages[step], {name: guide[name] for name in averages[step]})
     torch.testing.assert_close(guide[name], torch.cat([classes.lerp(any_class, 0.2), any_class]))
     assert guide["epochs"] == step // STEPS + 1
+
+
+def test_run_stopped_near_the_step_of_its_guide_is_resumed_exactly(tiny, run, monkeypatch):
+    monkeypatch.setattr(tiny, "EPOCHS", 2)
+    monkeypatch.setattr(tiny, "BATCH_SIZE", 90)     # 75% of 600 images are five batches: the last
+    states = []
+    for number in (None, 4, 5, 6):
+        monkeypatch.setattr(tiny, "CHECKPOINT_PREFIX", f"stopped_{number}")
+        with monkeypatch.context() as patch:
+            before_step(patch, number, lambda: os.kill(os.getpid(), signal.SIGINT))
+            with pytest.raises(SystemExit) if number else contextlib.nullcontext():
+                run()
+        if number: run()
+        states.append(read_checkpoint(Path(f"stopped_{number}_last.pt")))
+    assert all(same(state, states[0]) for state in states[1:])
+
+
+def test_batch_size_changed_before_the_guides_step_does_not_leave_it_out(tiny, run, monkeypatch):
+    before_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(tiny, "EPOCHS", 2)
+    with pytest.raises(SystemExit):
+        run()
+    stopped = read_checkpoint(checkpoint("last"))["guide"]
+    monkeypatch.setattr(tiny, "BATCH_SIZE", 200)    # the guide is due after 400 of 600 images
+    run()
+    state = read_checkpoint(checkpoint("last"))
+    assert not same(state["guide"], stopped) and state["guide"]["epochs"] == 1
+
+
+def test_guide_is_made_in_a_run_whose_first_batch_goes_beyond_three_eighths(
+        tiny, run, monkeypatch):
+    monkeypatch.setattr(tiny, "EPOCHS", 1)
+    monkeypatch.setattr(tiny, "BATCH_SIZE", 300)
+    run()
+    assert read_checkpoint(checkpoint("last"))["guide"]["epochs"] == 1
 
 
 def test_guide_is_not_led_towards_a_null_class_that_never_was_trained(tiny, monkeypatch, pictures):
