@@ -671,7 +671,7 @@ class Trainer:
 
     def step(self, images, labels):
         """One update, [1] algorithm 1, on the next BATCH_SIZE images (uint8, on the device) of the
-        epoch. What is drawn is a function of SEED, epoch and step: the same after a resume."""
+        epoch; what is drawn is a function of SEED, epoch and step. Makes a short run's guide."""
         now, T, device = self.progress, len(self.model.abar), images.device
         batch = epoch_order(SEED, now["epoch"], len(images), device)[now["position"]:][:BATCH_SIZE]
         torch.manual_seed(generator("step", SEED, now["step"]).initial_seed())

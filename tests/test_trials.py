@@ -108,6 +108,10 @@ def test_trials_learn_side_by_side_and_leave_checkpoints(tiny, monkeypatch, caps
     monkeypatch.setattr(trials, "train", None)      # what must not be reached
     with pytest.raises(SystemExit, match="trial_seed0_last.pt is of an earlier run"):
         trials.main()
+    monkeypatch.setattr(sys, "argv", ["trials.py", "--epochs", "7"])
+    with pytest.raises(SystemExit):
+        trials.main()
+    assert "--epochs must be 8 or more, got 7" in capsys.readouterr().err
 
 
 def test_a_trial_that_diverged_does_not_lose_the_others(tiny, monkeypatch, capsys, device):

@@ -193,7 +193,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], metavar="SEED",
                         help="default 0 1 2 3")
-    parser.add_argument("--epochs", type=int, default=script_unet.EPOCHS, help="default EPOCHS")
+    parser.add_argument("--epochs", type=int, default=script_unet.EPOCHS,
+                        help="8 or more, default EPOCHS")
     args = parser.parse_args()
     script_unet.EPOCHS = args.epochs
     script_unet.check_constants()
