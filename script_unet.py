@@ -632,6 +632,17 @@ class InFloat32(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0] if function is torch.Tensor.bfloat16 else function(*args, **kwargs or {})
 
+def finish_average(trainer, images, labels):
+    """Make the averaged weights ready for sample(). In the first 3 epochs, or 3/8 of fewer than 8,
+    the guide becomes a copy, its classes a fifth nearer to a trained null class; then it stays."""
+    refresh_batch_norm(trainer.average, images, labels)
+    done = trainer.progress["epoch"] + trainer.progress["position"] / len(images)
+    trainer.average.epochs.fill_(math.ceil(done))
+    if done <= min(3, 3 / 8 * EPOCHS) or not trainer.guide.epochs:
+        trainer.guide.load_state_dict(trainer.average.state_dict())
+        classes = trainer.guide.class_embedding.weight
+        if LABEL_DROPOUT: classes[:-1].lerp_(classes[-1], 0.2)  # weaker: it errs alike, but more
+
 class Trainer:
     """The weights, their average, its guide, the optimizers and the progress: what a resume needs.
     progress (`now`): "epoch" finished epochs, "position" images of the current one, "step" updates,
@@ -699,17 +710,6 @@ class Trainer:
         update_average(self.average, self.model, now["step"])
         done, ahead = (now["epoch"] + (now["position"] + n) / len(images) for n in (0, BATCH_SIZE))
         if EPOCHS < 8 and done <= 3 / 8 * EPOCHS < ahead: finish_average(self, images, labels)
-
-def finish_average(trainer, images, labels):
-    """Make the averaged weights ready for sample(). In the first 3 epochs, or 3/8 of fewer than 8,
-    the guide becomes a copy, its classes a fifth nearer to a trained null class; then it stays."""
-    refresh_batch_norm(trainer.average, images, labels)
-    done = trainer.progress["epoch"] + trainer.progress["position"] / len(images)
-    trainer.average.epochs.fill_(math.ceil(done))
-    if done <= min(3, 3 / 8 * EPOCHS) or not trainer.guide.epochs:
-        trainer.guide.load_state_dict(trainer.average.state_dict())
-        classes = trainer.guide.class_embedding.weight
-        if LABEL_DROPOUT: classes[:-1].lerp_(classes[-1], 0.2)  # weaker: it errs alike, but more
 
 def finish_epoch(trainer, images, labels, heldout):
     """Judge the averaged weights, draw, log and, last, save."""
