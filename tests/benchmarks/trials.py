@@ -198,7 +198,7 @@ def main():
     args = parser.parse_args()
     script_unet.EPOCHS = args.epochs
     script_unet.check_constants()
-    if args.epochs < 8:     # where train() makes the guide within an epoch
+    if args.epochs < 8:     # below, Trainer.step makes the guide, and Trial.step does not
         parser.error(f"--epochs must be 8 or more, got {args.epochs}")
     if len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--seeds must differ, got {args.seeds}")
