@@ -86,11 +86,10 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes; RANK: this one's
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # other launchers may set it alone
 
 class UserError(Exception): """Something the user can mend; it names the constant or the file."""
-
 def again():  # for messages: RESUME = False would set aside what there is to go on from
     return f"run the same command again{'' if RESUME else ' with RESUME = True'}"
 def say(text):  # print it at once; where standard output has gone away, on standard error
-    for name in filter(vars(sys).get, ("stdout", "stderr")):
+    for name in [x for x in ("stdout", "stderr") if vars(sys)[x]]:
         with contextlib.suppress(OSError): return print(text, file=vars(sys)[name], flush=True)
         setattr(sys, name, None)  # or Python's last flush would fail, and change the exit status
 def model_constants(others=None):  # as they are now, but for these others
@@ -286,7 +285,7 @@ def alphas_cumprod(constants=None):
     betas = betas.clamp(max=0.999)
     if betas.min() < 2e-7 or not 1e-30 < (1 - betas).prod() < 1e-3:  # in float32, 1 - 1e-8 is 1
         raise UserError("BETA_START and BETA_END must leave a share of 1e-30 to 0.001 of the image "
-                        f"at the end, no beta below 2e-7, got {start} and {end}")
+                        f"at the end, 1000 / T times each be 2e-7 or more, got {start} and {end}")
     return (1 - betas).cumprod(0).float()
 
 def time_embedding(time):
@@ -487,7 +486,7 @@ def atomic_write(path, data):
         os.replace(beside, path)
     except OSError as error:
         with contextlib.suppress(OSError): beside.unlink()
-        raise UserError(f"cannot write {path} ({error.strerror}), the old one is kept. "
+        raise UserError(f"cannot write {path} ({error.strerror}), an old one is kept. "
                         f"Make room, make it writable or close it, and {again()}") from error
 def save_figure(figure, path):
     figure.savefig(buffer := io.BytesIO(), format="png", dpi=100)
@@ -558,7 +557,7 @@ def read_checkpoint(path):
     """The checked state in a file, executing nothing. Raises UserError, naming a bad file."""
     try:
         state = torch.load(io.BytesIO(data := Path(path).read_bytes()), "cpu", weights_only=True)
-        state.setdefault("guide", state["average"])  # an old file: refused as such
+        state.setdefault("guide", state["average"])  # an older FORMAT, refused later
         [state[name].keys() for name in ("constants", *TRAINED)], state["progress"]["step"] + 0
         if zipfile.ZipFile(io.BytesIO(data)).testzip() or not all(  # torch.load checks no sums
                 v.isfinite().all() for part in TRAINED[:3] for v in state[part].values()):
@@ -575,14 +574,14 @@ def load_denoiser(path, device=None):
         model, guide = (FashionMNISTUNetDenoiser(state["constants"]).eval() for _ in range(2))
         model.requires_grad_(False).load_state_dict(state["average"])
         guide.requires_grad_(False).load_state_dict(state["guide"])
-    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+    except (RuntimeError, TypeError, LookupError, ValueError) as error:
         raise UserError(f"{path} does not fit this script's model: {error}") from error
     model.guide = (guide.to(device, memory_format=torch.channels_last),)
     return model.to(device, memory_format=torch.channels_last)
 
 def newest_checkpoint(constants):
     """(path, state) of the newest whole checkpoint, path None for none. Sets damaged ones aside,
-    without RESUME all. Raises UserError when it is of another model than the constants describe."""
+    without RESUME all. UserError: it is of another model than `constants`, or one is unreadable."""
     last, newest, found = -1, None, {"constants": constants}    # if there is none
     for path in find_checkpoints():
         try:
@@ -633,8 +632,8 @@ class InFloat32(torch.overrides.TorchFunctionMode):
         return args[0] if function is torch.Tensor.bfloat16 else function(*args, **kwargs or {})
 
 def finish_average(trainer, images, labels):
-    """Make the averaged weights ready for sample(). In the first 3 epochs, or 3/8 of fewer than 8,
-    the guide becomes a copy, its classes a fifth nearer to a trained null class; then it stays."""
+    """Make the averaged weights ready for sample(). Up to epoch 3 (to 3/8 of runs below 8 epochs)
+    the guide is a new copy, its classes a fifth nearer to a trained null class; then it is kept."""
     refresh_batch_norm(trainer.average, images, labels)
     done = trainer.progress["epoch"] + trainer.progress["position"] / len(images)
     trainer.average.epochs.fill_(math.ceil(done))
@@ -838,7 +837,7 @@ def report(model, folder, images, heldout, epochs_left):
     need = 20 * parameters * (4 + EPOCHS // CHECKPOINT_EVERY) + 10**6 * epochs_left  # bytes
     saved = sum(p.stat().st_size for p in find_checkpoints())
     if not RANK and (free := shutil.disk_usage(checkpoint_path("last").parent).free + saved) < need:
-        raise UserError(f"{checkpoint_path('*').absolute()}: {free / 1e6:.0f} MB free or in these, "
+        raise UserError(f"{checkpoint_path('*').absolute()}: {free / 1e6:.0f} MB free, with these, "
                         f"{need / 1e6:.0f} needed: free some, raise CHECKPOINT_EVERY, lower EPOCHS")
 
 def run(stop):
@@ -849,8 +848,8 @@ def run(stop):
     images, labels = (part.to(device) for part in load_fashion_mnist("train", folder))
     heldout = [part.to(device) for part in load_fashion_mnist("test", folder)]
     if not 2 * WORLD_SIZE <= BATCH_SIZE <= len(images) or BATCH_SIZE % WORLD_SIZE:
-        raise UserError(f"BATCH_SIZE must be at most the {len(images)} images, and a multiple, "
-                        f"from 2 on, of the {WORLD_SIZE} processes, got {BATCH_SIZE}")
+        raise UserError(f"BATCH_SIZE must be from {2 * WORLD_SIZE} to {len(images)}, the images, "
+                        f"and a multiple of {WORLD_SIZE}, the processes, got {BATCH_SIZE}")
     now = (trainer := Trainer(device)).progress
     now.update(state.get("progress", {}))
     report(trainer.model, folder, images, heldout[0], EPOCHS - now["epoch"])
@@ -862,17 +861,18 @@ def run(stop):
             now.update(best_epoch=now["epoch"], best_loss=now["history"][-1]["heldout_loss"])
             trainer.save("last", "best_model")
         if now["position"] == 0: trainer.save_epoch()   # what a kill between two files left out
-    stop[:] = filter(None, stop)  # the mark of main() goes, a signal to several stays
+    stop[:] = filter(None, stop)  # main()'s 0 goes, a signal to several processes stays
     train(trainer, images, labels, heldout, stop)
     generate_visualizations(trainer.average, now["epoch"], final=True)
+    exit_if_asked(trainer, images, labels, stop)
     say(f"finished   {now['epoch']} epochs: see final_fashion_mnist_samples.png; best held-out "
-        f"loss {now['best_loss']:.4f} (epoch {now['best_epoch']}); raise EPOCHS to go on")
+        f"loss {now['best_loss']:.4f} (epoch {now['best_epoch']}); to go on see README")
 
 def main():
     """Train, resume or finish the run in the working directory. Raises UserError, SystemExit."""
     check_constants()
     keep_freed_memory()
-    stop = [0] * (WORLD_SIZE == 1)  # until there is something to save; several leave together
+    stop = [0] if WORLD_SIZE == 1 else []  # 0: nothing to save yet; several leave together
     def remember(number, _frame):
         if stop == [0] or stop and number == signal.SIGINT and "RANK" not in os.environ:
             sys.exit(128 + number)  # at once; so when asked twice, but torchrun repeats Ctrl-C

@@ -10,6 +10,7 @@ import subprocess
 import symtable
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,7 +190,7 @@ def without_others(monkeypatch):
 def test_batch_that_does_not_suit_the_processes_is_refused(tiny, monkeypatch, size):
     without_others(monkeypatch)
     monkeypatch.setattr(tiny, "BATCH_SIZE", size)
-    with pytest.raises(UserError, match=f"BATCH_SIZE must be .* 2 processes, got {size}"):
+    with pytest.raises(UserError, match=f"BATCH_SIZE must be from 4 .* of 2, .*, got {size}"):
         main()
 
 
@@ -223,6 +224,21 @@ def test_each_process_takes_its_own_gpu_and_both_ways_to_the_others(tiny, monkey
     with pytest.raises(SystemExit):
         main()
     assert asked == [3, "cpu:gloo,cuda:nccl"]   # exit_if_asked() speaks of the CPU's numbers
+
+
+def test_statistics_between_gpus_are_of_the_whole_batch_and_the_averages_are_measured(
+        tiny, monkeypatch):
+    without_others(monkeypatch)
+    to = torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, _gpu, **options: to(module, **options))
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel",
+                        lambda model: SimpleNamespace(module=model))
+    trainer = tiny.Trainer(SimpleNamespace(type="cuda"))
+    for model, kind in ((trainer.network.module, torch.nn.SyncBatchNorm),
+                        (trainer.average, torch.nn.BatchNorm2d),
+                        (trainer.guide, torch.nn.BatchNorm2d)):
+        norms = [part for part in model.modules() if hasattr(part, "running_mean")]
+        assert norms and all(type(part) is kind for part in norms)
 
 
 def test_picture_dir_that_is_a_file_is_refused(tiny, monkeypatch):

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT, TINY, awake
+from conftest import ROOT, TINY, awake, checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import script_unet
 from script_unet import (DoubleConv, Down, FashionMNISTUNetDenoiser, PatchConv, PatchExpand,
-                         ResBlock, SelfAttention, Up, diffusion_loss, model_size,
-                         refresh_batch_norm, sample, time_embedding, to_float)
+                         ResBlock, SelfAttention, Trainer, Up, diffusion_loss, load_denoiser,
+                         model_size, refresh_batch_norm, sample, time_embedding, to_float)
 
 SIZES = [(1, 1), (4, 4), (5, 7), (7, 5), (8, 6), (13, 11)]
 
@@ -308,6 +308,27 @@ def test_default_model_uses_every_block():
     assert used >= {PatchConv, PatchExpand, DoubleConv, ResBlock, Down, Up, SelfAttention}
 
 
+def test_convolutions_of_a_trainers_and_of_a_loaded_model_work_in_channels_last(
+        tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = Trainer(torch.device("cpu"))
+    trainer.save("last")
+    loaded, seen = load_denoiser(checkpoint("last"), "cpu"), []
+
+    def look(conv, inputs):
+        seen.append(all(part.is_contiguous(memory_format=torch.channels_last)
+                        for part in (*inputs, conv.weight)))
+
+    models = trainer.model, trainer.average, loaded, loaded.guide[0]
+    for model in models:
+        convolutions = [part for part in model.modules() if isinstance(part, nn.Conv2d)
+                        and part.kernel_size == (3, 3)]
+        for conv in convolutions:
+            conv.register_forward_pre_hook(look)
+        model.eval()(torch.zeros(2, 1, 28, 28), *torch.zeros(2, 2, dtype=torch.long))
+    assert len(convolutions) == 7 and seen == [True] * 7 * len(models)
+
+
 def test_the_way_up_ends_its_blocks_with_one_by_one():
     model = FashionMNISTUNetDenoiser()
     kernels = [[block.double_conv.second[-1].kernel_size for block in blocks]
@@ -339,7 +360,7 @@ def test_averaged_model_predicts_in_eval_mode_as_well_as_with_a_big_batchs_stati
         tiny, pictures, monkeypatch):
     monkeypatch.setattr(tiny, "EPOCHS", 8)  # else a step would measure them, for the guide
     images, labels = pictures
-    trainer = script_unet.Trainer(torch.device("cpu"))
+    trainer = Trainer(torch.device("cpu"))
     for step in range(30):
         trainer.progress["position"] = step % 6 * tiny.BATCH_SIZE
         trainer.step(images, labels)

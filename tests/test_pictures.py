@@ -182,6 +182,8 @@ def test_loss_picture_can_be_read_off_it_has_decimals_whole_epochs_and_the_last_
             else:
                 assert 5 <= len(labels) <= 13
                 assert not any(label.get_text() for label in axis.get_minorticklabels())
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+            line.get_label() for line in axes.lines]
         for line in axes.lines:
             assert line.get_label().endswith(f": {line.get_ydata()[-1]:.4f}")
             assert list(line.get_xdata()) == list(range(1, epochs + 1))
@@ -206,7 +208,8 @@ def test_gif_ends_with_the_first_final_image_of_each_class(tiny, monkeypatch):
         for k in range(gif.n_frames):
             gif.seek(k)
             cells = np.asarray(gif.convert("L"))[14::30, 14::30]
-            assert cells.flatten().tolist() == [2 * (5 * c + k) for c in range(10)]
+            assert cells.tolist() == [[2 * (5 * (5 * row + c) + k) for c in range(5)]
+                                      for row in range(2)]
     assert k == 4 and Path("final_fashion_mnist_samples.png").exists()
 
 

@@ -1,7 +1,7 @@
 """Real processes: killed at any moment, out of disk space, and several of them on one run."""
 
-import functools
 import io
+import json
 import os
 import random
 import resource
@@ -27,27 +27,44 @@ LONG = ["EPOCHS = 24", "CHECKPOINT_EVERY = 5", "PICTURE_COLUMNS = 2", "note_memo
 
 
 def start(folder, *lines, processes=1):
-    """A process, in that folder, that runs main() with tiny constants and these lines."""
+    """tests/tiny_run.py in that folder with these lines; several processes by torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
                 f"--nproc_per_node={processes}", f"--log-dir={folder}"]
     return subprocess.Popen(
         [sys.executable, *torchrun * (processes > 1), str(ROOT / "tests" / "tiny_run.py"), *lines],
-        cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
+        cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE if processes > 1 else None,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
              "PYTHONUNBUFFERED": "",    # standard output to a file is buffered, unless flushed
              "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"),
                                             *filter(None, [os.environ.get("PYTHONPATH")])])})
 
 
-def finish(process, lines=""):
-    """(exit status, standard output, standard error) of the process, given these lines to read."""
+def run_two(folder, *lines):
+    """(exit status, standard output, standard error) of two processes on one run in the folder."""
+    process = start(folder, *lines, processes=2)
     try:
-        out, err = process.communicate(lines, timeout=240)
+        out, err = process.communicate(timeout=240)
     finally:
         process.kill()
         process.wait()
     return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A function that has one process run main() in the folder, with tiny constants and these
+    lines, and returns its (exit status, standard output, standard error); both are appended to."""
+    forks = start(tmp_path_factory.mktemp("forks"))
+
+    def run_one(folder, *lines):
+        print(json.dumps([str(folder), *lines]), file=forks.stdin, flush=True)
+        status = int(forks.stdout.readline())
+        return status, *(Path(f"{folder}.{name}").read_text() for name in ("out", "err"))
+
+    yield run_one
+    forks.kill()
+    forks.communicate()
 
 
 def losses(folder):
@@ -56,45 +73,35 @@ def losses(folder):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """A function that waits for the end of a long undisturbed run and returns its folder."""
+def undisturbed(run, tmp_path_factory):
+    """The folder of a long undisturbed run."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    process = start(folder, *LONG)
-
-    @functools.cache
-    def wait():
-        status, _, err = finish(process)
-        assert status == 0, err
-        return folder
-
-    yield wait
-    process.kill()
-    process.wait()
+    status, _, err = run(folder, *LONG)
+    assert status == 0, err
+    return folder
 
 
-def test_run_killed_a_dozen_times_ends_as_the_undisturbed_one(undisturbed, tmp_path):
+def test_run_killed_a_dozen_times_ends_as_the_undisturbed_one(run, undisturbed, tmp_path):
     draw = random.Random(0)
-    events = [draw.randint(1, 40) for _ in range(12)]   # an epoch has about twenty
-    status, out, err = finish(start(tmp_path, *LONG, "fork_for_each_line()"),
-                              "".join(f"{number}\n" for number in events))
-    assert status == 0 and out.count(f"ended {-signal.SIGKILL}") == 12, err
-    assert out.count("resuming") > 6 and "\nepoch 1/24: loss" in out   # not lost in a buffer
-    status, out, err = finish(start(tmp_path, *LONG))
-    assert status == 0 and "resuming" in out, err
-    expected = undisturbed()
-    for path in expected.rglob("*"):
-        mine = tmp_path / path.relative_to(expected)
+    for _ in range(12):     # an epoch has about twenty events
+        status, _, err = run(tmp_path, *LONG, f"kill_at_event({draw.randint(1, 40)})")
+        assert status == -signal.SIGKILL, err
+    status, out, err = run(tmp_path, *LONG)
+    assert status == 0, err
+    assert out.count("resuming") > 7 and "\nepoch 1/24: loss" in out   # not lost in a buffer
+    for path in undisturbed.rglob("*"):
+        mine = tmp_path / path.relative_to(undisturbed)
         if path.suffix == ".pt":
             assert same(read_checkpoint(mine), read_checkpoint(path)), mine
         elif path.suffix in (".png", ".gif", ".csv"):
             assert mine.read_bytes() == path.read_bytes(), mine
     assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {
-        path.name for path in expected.iterdir() if not path.name.startswith(".")}
+        path.name for path in undisturbed.iterdir() if not path.name.startswith(".")}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_over_twenty_epochs(undisturbed):
-    resident = [int(line) for line in (undisturbed() / "memory").read_text().split()]
+    resident = [int(line) for line in (undisturbed / "memory").read_text().split()]
     assert len(resident) == 24 and resident[-1] - resident[3] < 10e6
 
 
@@ -166,22 +173,15 @@ def test_rank_counts_only_among_several_processes(monkeypatch, processes, rank):
     assert runpy.run_path(str(ROOT / "script_unet.py"))["RANK"] == rank
 
 
-def test_stopped_process_says_how_to_go_on_and_ends_with_the_signals_status(tmp_path):
-    folders = [tmp_path / name for name in ("all", "err", "none")]
-    for folder in folders:
-        folder.mkdir()
-    jobs = [start(folder, "kill_at(3, 0, signal.SIGINT)") for folder in folders]
-    jobs[1].stdout.close()      # as that of `python script_unet.py | tee run.log`: Ctrl-C ends both
-    jobs[2].stdout.close()
-    jobs[2].stderr.close()
-    for job, folder in zip(jobs, folders):
-        status, out, err = finish(job)
-        assert status == 128 + signal.SIGINT
-        assert read_checkpoint(checkpoint("last", folder))["progress"]["step"] == 3
-        if job is not jobs[2]:
-            assert "Traceback" not in err and "Exception" not in err
-            said = out if job is jobs[0] else err
-            assert "stopped by SIGINT" in said and "run the same command again" in said
+@pytest.mark.parametrize("unread", [(), (1,), (1, 2)])     # of standard output and error
+def test_stopped_process_says_how_to_go_on_and_ends_with_the_signals_status(run, tmp_path, unread):
+    status, out, err = run(tmp_path, "kill_at(3, 0, signal.SIGINT)", f"break_pipe(*{unread})")
+    assert status == 128 + signal.SIGINT
+    assert read_checkpoint(checkpoint("last", tmp_path))["progress"]["step"] == 3
+    assert "Traceback" not in err and "Exception" not in err
+    if len(unread) < 2:
+        said = (out, err)[len(unread)]
+        assert "stopped by SIGINT" in said and "run the same command again" in said
 
 
 def test_lock_of_a_dead_process_does_not_block(tmp_path, monkeypatch):
@@ -202,60 +202,62 @@ def test_lock_of_a_dead_process_does_not_block(tmp_path, monkeypatch):
 
 # Several processes
 
-TWO = ["EPOCHS = 2", "PICTURE_COLUMNS = 2", "DROPOUT = 0.0"]
+LINES = ["EPOCHS = 2", "PICTURE_COLUMNS = 2", "DROPOUT = 0.0"]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The rows of the log of one process, each image normalised on its own."""
-    folder = tmp_path_factory.mktemp("alone")
-    status, _, err = finish(start(folder, *TWO, "without_batch_statistics()"))
+def two(tmp_path_factory):
+    """(folder, standard output) of two processes on one run."""
+    folder = tmp_path_factory.mktemp("two")
+    status, out, err = run_two(folder, *LINES)
+    assert status == 0 and "Grad strides" not in err, err
+    return folder, out
+
+
+def test_two_processes_with_batch_statistics_of_their_own_train_nearly_as_one_does(
+        run, two, tmp_path):
+    status, _, err = run(tmp_path, *LINES)
     assert status == 0, err
-    return losses(folder)
+    torch.testing.assert_close(losses(two[0]), losses(tmp_path), rtol=1e-2, atol=0)
+    assert losses(two[0]) != losses(tmp_path)
 
 
-def test_two_processes_with_batch_statistics_of_their_own_train_nearly_as_one_does(tmp_path):
-    folders = [tmp_path / name for name in ("one", "two")]
-    for folder in folders:
-        folder.mkdir()
-    jobs = [start(folder, *TWO, processes=n) for n, folder in enumerate(folders, start=1)]
-    for job in jobs:
-        status, _, err = finish(job)
-        assert status == 0 and "Grad strides" not in err, err
-    one, two = map(losses, folders)
-    torch.testing.assert_close(two, one, rtol=1e-2, atol=0)
-    assert two != one
+def test_of_several_processes_one_speaks(two):
+    assert two[1].count("device     cpu") == two[1].count("epoch 2/2") == 1
+    assert two[1].count("finished") == 1
 
 
-def test_killed_worker_ends_the_job_and_one_process_goes_on(alone, tmp_path):
-    lines = [*TWO, "without_batch_statistics()"]
-    status, _, err = finish(start(tmp_path, *lines, "kill_at(9, 1)", processes=2))
-    assert status not in (0, None)
-    assert "lost another" in err and "run the same command again" in err
-    assert read_checkpoint(checkpoint("last", tmp_path))["progress"]["epoch"] == 1
-    status, out, err = finish(start(tmp_path, *lines))
-    assert status == 0 and "resuming" in out, err
-    torch.testing.assert_close(losses(tmp_path), alone, rtol=1e-3, atol=0)
-
-
-def test_two_processes_train_as_one_does_and_stop_together_within_an_epoch(alone, tmp_path):
-    lines = [*TWO, "without_batch_statistics()"]
+def test_two_processes_stop_together_within_an_epoch_and_go_on_bit_for_bit(two, tmp_path):
     asked = ["kill_at(9, 1, signal.SIGTERM)"] * 2       # as torchrun and the terminal may, both
-    status, out, err = finish(start(tmp_path, *lines, *asked, processes=2))
+    status, out, err = run_two(tmp_path, *LINES, *asked)
     assert status not in (0, None) and out.count("stopped by SIGTERM") == 1, err
     assert read_checkpoint(checkpoint("last", tmp_path))["progress"]["step"] == 9
-    status, out, err = finish(start(tmp_path, *lines, processes=2))
+    status, out, err = run_two(tmp_path, *LINES)
     assert status == 0 and "resuming" in out, err
-    torch.testing.assert_close(losses(tmp_path), alone, rtol=1e-3, atol=0)
-    assert out.count("epoch 2/2") == out.count("finished") == 1     # one of them speaks
+    assert same(*(read_checkpoint(checkpoint("last", folder)) for folder in (tmp_path, two[0])))
 
 
-def test_process_that_cannot_join_the_others_says_what_to_do(tmp_path, monkeypatch):
+def test_killed_worker_ends_the_job_and_one_process_goes_on_as_if_it_had_been_alone(
+        run, tmp_path):
+    lines = [*LINES, "without_batch_statistics()"]
+    folders = [tmp_path / name for name in ("alone", "killed")]
+    for folder in folders:
+        folder.mkdir()
+    status, _, err = run_two(folders[1], *lines, "kill_at(9, 1)")
+    assert status not in (0, None)
+    assert "lost another" in err and "run the same command again" in err
+    assert read_checkpoint(checkpoint("last", folders[1]))["progress"]["epoch"] == 1
+    for folder, resuming in zip(folders, (False, True)):
+        status, out, err = run(folder, *lines)
+        assert status == 0 and ("resuming" in out) is resuming, err
+    torch.testing.assert_close(*map(losses, folders), rtol=1e-3, atol=0)
+
+
+def test_process_that_cannot_join_the_others_says_what_to_do(run, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 2),
-                            ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", taken.getsockname()[1])):
-            monkeypatch.setenv(name, str(value))
-        status, _, err = finish(start(tmp_path))
+        where = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(taken.getsockname()[1])}
+        status, _, err = run(tmp_path, f"os.environ.update({where})", "WORLD_SIZE = 2")
     assert status == 1 and "process 0 of 2 failed" in err and "Traceback" not in err

@@ -3,11 +3,12 @@
     python tests/tiny_run.py 'EPOCHS = 3' 'kill_at(9, 0)'
 
 Each argument is Python, executed before main(): a constant to set, or a call of what is defined
-here.
+here. Without any it does so for each line of its input, see fork_for_each_line().
 """
 
 import gc
 import itertools
+import json
 import os
 import signal
 import sys
@@ -59,21 +60,33 @@ def kill_at_event(number):
         setattr(owner, name, counted(getattr(owner, name)))
 
 
-def fork_for_each_line():
-    """Let a fork go on for each line of standard input, until its event of the number there.
+def break_pipe(*descriptors):
+    """Have nobody read these any more, as after Ctrl-C nobody does in `... | tee run.log`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for descriptor in descriptors:
+        os.dup2(writer, descriptor)
 
-    As real a process as any, but torch, whose import takes seconds, is there already. Prints how
-    each ended. Ends with the input, or when a fork ends otherwise than by SIGKILL.
+
+def fork_for_each_line():
+    """For each line of standard input, a JSON list of a folder and of Python, let a fork go on.
+
+    Returns, in the fork, the Python; it works in the folder and writes to FOLDER.out and
+    FOLDER.err. As real a process as any, but torch, whose import takes seconds, is there already.
+    Prints how each ended, and ends with the input.
     """
     import torch._dynamo  # noqa: F401 (which the optimizers import)
     for line in sys.stdin:
+        folder, *lines = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            return kill_at_event(int(line))
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        print(f"\nended {status}", flush=True)  # the line that was cut off may have no end
-        if status != -signal.SIGKILL:
-            os._exit(1)
+            signal.alarm(240)
+            os.chdir(folder)
+            for number, name in ((1, "out"), (2, "err")):
+                path = f"{folder}.{name}"
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+            return lines
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
     os._exit(0)
 
 
@@ -100,7 +113,7 @@ def note_memory():
 if __name__ == "__main__":
     gc.freeze()     # the collection at the end of each epoch is faster so
     vars(script_unet).update(TINY)
-    for line in sys.argv[1:]:
+    for line in sys.argv[1:] or fork_for_each_line():
         exec(line, globals(), vars(script_unet))
     try:
         script_unet.main()
