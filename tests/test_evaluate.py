@@ -160,12 +160,22 @@ def test_table_shows_the_mean_and_range_of_real_images_and_the_ratio_to_the_mean
 
 
 def test_figures_of_a_name_are_computed_once_and_a_failure_leaves_no_file(monkeypatch, tmp_path):
+    data = torch.zeros(2, 1, 28, 28).byte(), torch.zeros(2).long()
     monkeypatch.setattr(evaluate, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(evaluate, "real_images", lambda _split: data)
+    evaluate.data_digest.cache_clear()
     with pytest.raises(ZeroDivisionError):
         evaluate.cached("one", lambda: 1 / 0)
     assert not list((tmp_path / "cache").iterdir())
     results = [evaluate.cached("one", lambda n=n: {"n": n}) for n in (1, 2)]
     assert results == [{"n": 1}, {"n": 1}]
+    data[1][0] = 1      # of other labels nothing is kept
+    evaluate.data_digest.cache_clear()
+    assert evaluate.cached("one", lambda: {"n": 3}) == {"n": 3}
+    for path in (tmp_path / "cache").iterdir():
+        path.write_bytes(b"half")
+    with pytest.raises(SystemExit, match="cannot be read.*delete it"):
+        evaluate.cached("one", lambda: {"n": 4})
 
 
 def test_options_are_the_constants_that_the_judged_samples_are_drawn_with(

@@ -51,22 +51,6 @@ IMAGENET_REFERENCE = 20000  # training images that the distance in ImageNet feat
 REAL_SETS = 5               # of test images, no image in two; fewer where a set is large
 
 
-def cached(name, compute):
-    """compute()'s result, or what an earlier run kept of it under this name."""
-    path = CACHE / f"{name}_recipe{RECIPE}.pt"
-    if not path.exists():
-        CACHE.mkdir(exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}")
-        try:
-            with open(beside, "wb") as file:    # now: if it cannot be, that shows before the work
-                torch.save(compute(), file)
-            if not path.exists():   # of two runs the first one's stays, which the other may use
-                os.replace(beside, path)    # another run never reads half a file
-        finally:
-            beside.unlink(missing_ok=True)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 @functools.lru_cache
 def real_images(split):
     """All images and labels of "train" or "test"; refuses excerpts, whose figures mislead."""
@@ -76,6 +60,42 @@ def real_images(split):
         sys.exit(f"the {split} images have the shape {tuple(images.shape)}, but figures need the "
                  f"whole of Fashion-MNIST, {expected}: see DATA_DIR and IMG_SIZE in script_unet.py")
     return images, labels
+
+
+@functools.lru_cache
+def data_digest():
+    """A name for the images and labels, so that nothing kept of one data set serves another."""
+    digest = hashlib.blake2b(digest_size=4)
+    for part in (*real_images("train"), *real_images("test")):
+        digest.update(part.numpy())
+    return digest.hexdigest()
+
+
+def cached(name, compute):
+    """compute()'s result, or what an earlier run kept of it, with the same data, by this name."""
+    path = CACHE / f"{name}_data{data_digest()}_recipe{RECIPE}.pt"
+    if not path.exists():
+        CACHE.mkdir(exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}")
+        try:
+            with open(beside, "wb") as file:    # now: if it cannot be, that shows before the work
+                torch.save(compute(), file)
+                file.flush()
+                os.fsync(file.fileno())
+            if not path.exists():   # of two runs the first one's stays, which the other may use
+                os.replace(beside, path)    # another run never reads half a file
+        finally:
+            beside.unlink(missing_ok=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the bytes suggest to it
+        sys.exit(f"{path} cannot be read ({error}): delete it, and it is made anew")
+
+
+def changed_constants():
+    """What of script_unet.py's constants is not at its default, in words."""
+    return ", ".join(f"{name} = {value!r}" for name, (default, *_) in script_unet.ALLOWED.items()
+                     if (value := getattr(script_unet, name)) != default) or "all at their defaults"
 
 
 def some_of_each_class(images, labels, count, skip=0):
@@ -381,7 +401,8 @@ def main():
         if not torch.equal(guide.abar, model.abar) or guide.constants["IMG_SIZE"] != size:
             sys.exit(f"{args.guide} has another noise schedule or size than {args.checkpoint}")
         classes = guide.class_embedding.weight
-        classes[:-1].lerp_(classes[-1], 0.2 if args.guide_dropout is None else args.guide_dropout)
+        told = 0.2 * bool(script_unet.LABEL_DROPOUT)    # as finish_average() tells a run's own
+        classes[:-1].lerp_(classes[-1], told if args.guide_dropout is None else args.guide_dropout)
         model.guide = (guide,)
     reals = evaluate_real(args.samples, args.classifier_seed)   # now: it may fail, or take minutes
     labels = torch.arange(10).repeat_interleave(args.samples)
@@ -391,7 +412,8 @@ def main():
     print(f"evaluate.py {' '.join(sys.argv[1:])}\n{args.samples} samples a class of seed "
           f"{script_unet.SEED}, guidance {script_unet.guidance(model):.3f}, "
           f"{min(script_unet.SAMPLING_STEPS, len(model.abar))} steps, "
-          f"{script_unet.precision(model.abar.device)}, drawn in {seconds:.1f} s")
+          f"{script_unet.precision(model.abar.device)}, drawn in {seconds:.1f} s; constants "
+          f"{changed_constants()}")
     print_table(evaluate(images, labels, args.classifier_seed), reals,
                 load_classifier(args.classifier_seed).name)
     if picture:

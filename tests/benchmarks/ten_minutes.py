@@ -10,7 +10,7 @@ epoch, and the run a tenth faster or slower than the trial), or one of the peers
 its published recipe until the time is up; the peers have keep_freed_memory() as well.
 Then samples it, prints evaluate.py's table and saves figures.json, the samples and, of a peer,
 peer.pt. Only training steps count as training time: what script_unet.py does between epochs
-(held-out loss, pictures, checkpoints) is added apart.
+(averages' statistics, held-out loss, pictures, checkpoints) is added apart.
 """
 
 import argparse
@@ -100,8 +100,11 @@ def main():
         parser.error("--seconds and --batch-size must be above 0")
     name = args.peer or "_".join(["ours", *args.constants])
     script_unet.SEED = args.seed
-    paths = {"DATA_DIR", "SYSTEM_DATA_DIR", "PICTURE_DIR", "CHECKPOINT_PREFIX"}
-    changeable = {*script_unet.ALLOWED, *paths} - {"SEED", "EPOCHS", "RESUME"}
+    # In the results' folder, wherever script_unet.py's own runs go
+    script_unet.CHECKPOINT_PREFIX = "fashion_mnist_diffusion"
+    script_unet.PICTURE_DIR = "epoch_visualizations"
+    changeable = {*script_unet.ALLOWED, "DATA_DIR", "SYSTEM_DATA_DIR"} - {
+        "SEED", "EPOCHS", "RESUME"}
     try:
         for key, value in (constant.split("=", 1) for constant in args.constants):
             if args.peer or key not in changeable:
@@ -130,7 +133,8 @@ def main():
         reals = evaluate.evaluate_real(args.samples, args.classifier_seed)
     print(f"{name}, seed {args.seed}, {device}, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}, "
-          + (f"{peer.version()}, fp32" if peer else script_unet.precision(device)))
+          + (f"{peer.version()}, fp32" if peer else script_unet.precision(device)
+             + f"; constants {evaluate.changed_constants()}"))
     if peer:
         print(f"{peer.parameters():,} parameters")
         train_peer(peer, images, original_labels, args.seconds, args.batch_size or peer.batch_size)
@@ -155,8 +159,8 @@ def main():
     figures = evaluate.evaluate(samples, asked, args.classifier_seed)
     judge = evaluate.load_classifier(args.classifier_seed).name
     (folder / "figures.json").write_text(json.dumps(
-        {"name": name, "figures": figures, "real": reals, "classifier": judge, "seed": args.seed},
-        indent=1))
+        {"name": name, "figures": figures, "real": reals, "classifier": judge, "seed": args.seed,
+         "seconds": args.seconds, "constants": evaluate.changed_constants()}, indent=1))
     print(f"{name}: {len(samples):,} samples drawn in {seconds:.1f} s, see {folder}/samples.png")
     evaluate.print_table(figures, reals, judge)
 

@@ -154,8 +154,8 @@ def main():
               f"{median(rates[name]):10.0f}{median(ratios):12.1f}"
               f"{f'{ratios[0]:.1f} to {ratios[-1]:.1f}':>17}")
     print(f"ours took in {min(rates['ours']):.0f} to {max(rates['ours']):.0f} images/s")
-    print(f"ours: {3 * flops * median(rates['ours']) / 1e9:.0f} GFLOP/s (a step as three forward "
-          f"passes of {flops / 1e6:.1f} MFLOP), {median(shares):.0%} of the "
+    print(f"ours, medians: {3 * flops * median(rates['ours']) / 1e9:.0f} GFLOP/s (a step as three "
+          f"forward passes of {flops / 1e6:.1f} MFLOP), {median(shares):.0%} of the "
           f"{median(products) / 1e9:.0f} GFLOP/s of a {dtype} product of {MATRIX_SIZE} x "
           f"{MATRIX_SIZE} matrices")
     for *_, process in entries.values():

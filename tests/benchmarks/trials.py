@@ -159,7 +159,6 @@ class Trial:
         self.trainer.progress.update(epoch=epoch - 1, position=1)   # as at the end of an epoch
         script_unet.finish_average(self.trainer, self.images, self.labels)
         self.trainer.progress.update(epoch=epoch, position=0, step=epoch * self.steps)
-        self.model.train()
 
 
 def train(trials):
