@@ -153,7 +153,8 @@ def load_fashion_mnist(split, folder=None):
     if images.shape[1:] != (28, 28):
         raise bad_data(paths[0], f"holds {images.shape}, not 28 x 28 images")
     if labels.shape != images.shape[:1] or labels.max(initial=0) >= NUM_CLASSES:
-        raise bad_data(paths[1], f"must count {len(images)} labels from 0 to {NUM_CLASSES - 1}")
+        raise bad_data(paths[1], f"must count {len(images)} labels from 0 to {NUM_CLASSES - 1}, "
+                       "NUM_CLASSES being len(CLASS_NAMES)")
     images, labels = torch.tensor(images)[:, None], torch.tensor(labels, dtype=torch.long)
     if IMG_SIZE != 28:
         images = torch.cat([F.interpolate(part.float(), (IMG_SIZE, IMG_SIZE), mode="bilinear",
@@ -197,8 +198,7 @@ class PatchExpand(nn.Module):
         x = self.conv(x).permute(0, 2, 3, 1).unflatten(3, (self.patch_size, self.patch_size, -1))
         x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)   # not yet cropped
         top, left = (x.shape[-2] - size[0]) // 2, (x.shape[-1] - size[1]) // 2
-        x = x[..., top:top + size[0], left:left + size[1]]
-        return x.contiguous(memory_format=torch.channels_last)      # (B, out, H, W)
+        return x[..., top:top + size[0], left:left + size[1]]       # (B, out, H, W)
 
 class DoubleConv(nn.Module):
     """Convolutions in two halves; (B, C, H, W), emb (B, E) -> same; between, emb scales and shifts.
@@ -501,7 +501,7 @@ def mosaic(images, columns, gap=2):
 def draw_classes(images, names, title, path):
     """Save images (10 * columns, 1, H, W) on a fixed gray scale: a row per class, named columns."""
     columns, cell = len(names), images.shape[-1] + 2                # with mosaic's gap
-    figure = Figure(figsize=(max(6.4, 1.8 + 0.62 * columns), 7.1), layout="constrained")
+    figure = Figure((max(6.4, 1.8 + 0.62 * columns), 1.1 + 0.6 * NUM_CLASSES), layout="constrained")
     axes = figure.add_subplot(title=title)
     axes.imshow(mosaic(images, columns), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_yticks([cell * (row + 0.5) for row in range(NUM_CLASSES)], CLASS_NAMES)
@@ -864,9 +864,9 @@ def run(stop):
     stop[:] = filter(None, stop)  # main()'s 0 goes, a signal to several processes stays
     train(trainer, images, labels, heldout, stop)
     generate_visualizations(trainer.average, now["epoch"], final=True)
-    exit_if_asked(trainer, images, labels, stop)
     say(f"finished   {now['epoch']} epochs: see final_fashion_mnist_samples.png; best held-out "
         f"loss {now['best_loss']:.4f} (epoch {now['best_epoch']}); to go on see README")
+    if stop: sys.exit(128 + max(stop))  # all is done, but what follows in a shell is not wanted
 
 def main():
     """Train, resume or finish the run in the working directory. Raises UserError, SystemExit."""

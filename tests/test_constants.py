@@ -230,7 +230,8 @@ def test_statistics_between_gpus_are_of_the_whole_batch_and_the_averages_are_mea
         tiny, monkeypatch):
     without_others(monkeypatch)
     to = torch.nn.Module.to
-    monkeypatch.setattr(torch.nn.Module, "to", lambda module, _gpu, **options: to(module, **options))
+    monkeypatch.setattr(torch.nn.Module, "to",
+                        lambda module, _gpu, **options: to(module, **options))
     monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel",
                         lambda model: SimpleNamespace(module=model))
     trainer = tiny.Trainer(SimpleNamespace(type="cuda"))

@@ -199,15 +199,22 @@ def test_options_are_the_constants_that_the_judged_samples_are_drawn_with(
     judge.setattr(sys, "argv", [
         "evaluate.py", str(checkpoint("last")), "--samples", "2", "--steps", "3", "--eta", "0.5",
         "--grain", "0.25", "--guidance", "1.5", "--seed", "7"])
+    judge.setattr(tiny, "EMBEDDING_DIM", 256)   # no longer that of the checkpoint
     evaluate.main()
     labels = [c for c in range(10) for _ in range(2)]
     assert drawn == [(options, labels)]
     assert judged == [([round(255 * i / 19) for i in range(20)], labels)]
-    assert " ".join(sys.argv) in capsys.readouterr().out    # a table says what it is of
+    said = capsys.readouterr().out      # a table says what it is of
+    assert " ".join(sys.argv) in said
+    assert "SAMPLING_STEPS = 3, SAMPLING_ETA = 0.5, SAMPLING_GRAIN = 0.25" in said
+    assert "EMBEDDING_DIM = 32" in said and "EPOCHS" not in said    # the checkpoint's
 
 
-@pytest.mark.parametrize("options, share", [([], 0.2), (["--guide-dropout", "0.7"], 0.7)])
-def test_guide_that_is_named_guides_and_is_told_so_much_of_the_class(judge, tiny, options, share):
+@pytest.mark.parametrize("dropout, options, share", [
+    (0.1, [], 0.2), (0.1, ["--guide-dropout", "0.7"], 0.7), (0.0, [], 0.0)])
+def test_guide_that_is_named_guides_and_is_told_so_much_of_the_class(
+        judge, tiny, dropout, options, share):
+    judge.setattr(tiny, "LABEL_DROPOUT", dropout)
     for seed, what in enumerate(("last", "best_model")):
         judge.setattr(tiny, "SEED", seed)
         script_unet.Trainer(torch.device("cpu")).save(what)

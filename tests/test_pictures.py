@@ -1,5 +1,6 @@
 """The pictures of an epoch, the losses' and the final ones: what they show, and where."""
 
+import string
 from pathlib import Path
 
 import matplotlib
@@ -213,14 +214,16 @@ def test_gif_ends_with_the_first_final_image_of_each_class(tiny, monkeypatch):
     assert k == 4 and Path("final_fashion_mnist_samples.png").exists()
 
 
-@pytest.mark.parametrize("classes, rows", [(7, 7), (15, 3)])
+@pytest.mark.parametrize("classes, rows", [(7, 7), (15, 3), (26, 26)])
 def test_pictures_of_another_number_of_classes_are_drawn(tiny, monkeypatch, classes, rows):
     for name, value in (("NUM_CLASSES", classes), ("PICTURE_COLUMNS", 2),
-                        ("CLASS_NAMES", tuple("abcdefghijklmno"[:classes]))):
+                        ("CLASS_NAMES", tuple(string.ascii_lowercase[:classes]))):
         monkeypatch.setattr(tiny, name, value)
     generate_visualizations(FashionMNISTUNetDenoiser(), 7, final=True)
     with Image.open("final_fashion_mnist_generation.gif") as gif:
         assert gif.size == (classes // rows * 30 - 2, rows * 30 - 2)
+    with Image.open("final_fashion_mnist_samples.png") as picture:
+        assert picture.height > 30 * classes    # no pixel of a sample is left out
 
 
 def test_pictures_keep_no_more_of_each_step_than_they_show(tiny, monkeypatch):

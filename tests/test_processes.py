@@ -59,8 +59,8 @@ def run(tmp_path_factory):
 
     def run_one(folder, *lines):
         print(json.dumps([str(folder), *lines]), file=forks.stdin, flush=True)
-        status = int(forks.stdout.readline())
-        return status, *(Path(f"{folder}.{name}").read_text() for name in ("out", "err"))
+        assert (status := forks.stdout.readline()), f"the forks' parent ended: {forks.poll()}"
+        return int(status), *(Path(f"{folder}.{name}").read_text() for name in ("out", "err"))
 
     yield run_one
     forks.kill()

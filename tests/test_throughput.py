@@ -1,10 +1,12 @@
 """tests/benchmarks/throughput.py and ten_minutes.py: what is timed, and how long is trained."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import log_rows
+from conftest import checkpoint, log_rows
 
 import ten_minutes
 import throughput
@@ -41,3 +43,35 @@ def test_ten_minutes_are_as_many_whole_epochs_as_fit_by_the_measured_rate(
     path = ten_minutes.train_ours(*pictures, pictures, seconds)
     assert tiny.EPOCHS == epochs        # so the learning rate ends at 0
     assert read_checkpoint(path)["progress"]["epoch"] == epochs == len(log_rows())
+
+
+def test_ten_minutes_write_to_their_folder_alone_and_say_which_constants_were_changed(
+        tiny, monkeypatch, tmp_path):
+    for name, value in (("CHECKPOINT_PREFIX", str(tmp_path / "long")), ("SAMPLING_ETA", 0.5),
+                        ("PICTURE_DIR", str(tmp_path / "long_pictures")),
+                        ("SEED", 0), ("EMA_GAMMA", 4.0), ("BLOCKS", (1, 1))):
+        monkeypatch.setattr(tiny, name, value)
+    images = torch.zeros(600, 1, 28, 28).byte(), torch.arange(600) % 10
+    for name, value in (("real_images", lambda _split: images), ("evaluate_real", lambda *_: []),
+                        ("evaluate", lambda *_: {"n": 20}), ("print_table", lambda *_: None),
+                        ("load_classifier", lambda _seed: SimpleNamespace(name="judge"))):
+        monkeypatch.setattr(ten_minutes.evaluate, name, value)
+
+    def train(*_args):
+        trainer = Trainer(CPU)
+        trainer.save("last")
+        tiny.generate_visualizations(trainer.average, 1)
+        return checkpoint("last").absolute()
+
+    monkeypatch.setattr(ten_minutes, "train_ours", train)
+    monkeypatch.setattr(tiny, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr("sys.argv", ["ten_minutes.py", "--samples", "2", "--output", "results",
+                                     "BLOCKS=(0, 1)"])
+    ten_minutes.main()
+    assert not list(tmp_path.glob("long*"))
+    assert {path.name for path in Path("results").rglob("*.p*")} == {
+        "fashion_mnist_diffusion_last.pt", "samples.pt", "samples.png", "epoch_1_samples.png",
+        "epoch_1_generation.png"}
+    said = json.loads(Path("results", "figures.json").read_text())["constants"].split(", ")
+    assert {"SAMPLING_ETA = 0.5", "EMA_GAMMA = 4.0"} <= set(said)
+    assert "BLOCKS = (0" in said

@@ -316,20 +316,16 @@ def test_run_stopped_between_epochs_goes_on_bit_for_bit(run, undisturbed, monkey
     assert_as_undisturbed(undisturbed)
 
 
-def test_run_stopped_in_its_final_pictures_says_so_and_draws_them_when_run_again(
+def test_run_stopped_in_its_final_pictures_ends_with_the_signals_status_and_is_finished(
         run, undisturbed, monkeypatch, capsys):
     def stop(_model, _epoch, final=False):
         if final:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(script_unet, "generate_visualizations", stop)
-        with pytest.raises(SystemExit) as stopped:
-            run()
+    monkeypatch.setattr(script_unet, "generate_visualizations", stop)
+    with pytest.raises(SystemExit) as stopped:
+        run()
     assert stopped.value.code == 128 + signal.SIGINT
-    said = capsys.readouterr().out
-    assert "stopped by SIGINT" in said and "finished" not in said
-    run()
     assert "finished   3 epochs" in capsys.readouterr().out
     assert_as_undisturbed(undisturbed)
 
@@ -607,8 +603,12 @@ def test_files_that_a_crash_at_the_end_of_an_epoch_left_out_are_written_after_al
 def test_finished_run_trains_no_more_until_epochs_is_raised(run, monkeypatch, capsys):
     monkeypatch.setattr(script_unet, "EPOCHS", 1)
     run()
-    before = read_checkpoint(checkpoint("last"))
-    run()
+    before, drawn = read_checkpoint(checkpoint("last")), []
+    with monkeypatch.context() as patch:
+        patch.setattr(script_unet, "generate_visualizations", lambda _model, epoch, final=False: (
+            drawn.append((epoch, final))))
+        run()
+    assert drawn == [(1, True)]     # which a kill may have left out
     assert same(read_checkpoint(checkpoint("last")), before)
     monkeypatch.setattr(script_unet, "EPOCHS", 2)
     run()
@@ -861,8 +861,8 @@ def test_working_directory_that_is_deleted_is_an_error_with_the_files_name(tmp_p
 def test_figures_do_not_outlive_their_epoch(tiny, monkeypatch):
     drawn, inner = [], tiny.Figure
 
-    def watched(**options):
-        figure = inner(**options)
+    def watched(*args, **options):
+        figure = inner(*args, **options)
         drawn.append(weakref.ref(figure))
         return figure
 

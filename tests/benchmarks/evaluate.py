@@ -48,6 +48,7 @@ CLASSIFIER_EPOCHS = 8
 CLASSIFIER_ACCURACY = 0.925     # on the test images; a worse judge is refused
 NEIGHBOURS = 3              # k of precision and recall
 IMAGENET_REFERENCE = 20000  # training images that the distance in ImageNet features is to
+DRAWN_WITH = ("SAMPLING_STEPS", "SAMPLING_ETA", "SAMPLING_GRAIN", "GUIDANCE_SCALE", "PRECISION")
 REAL_SETS = 5               # of test images, no image in two; fewer where a set is large
 
 
@@ -92,10 +93,12 @@ def cached(name, compute):
         sys.exit(f"{path} cannot be read ({error}): delete it, and it is made anew")
 
 
-def changed_constants():
-    """What of script_unet.py's constants is not at its default, in words."""
-    return ", ".join(f"{name} = {value!r}" for name, (default, *_) in script_unet.ALLOWED.items()
-                     if (value := getattr(script_unet, name)) != default) or "all at their defaults"
+def changed_constants(names, others=None):
+    """What of script_unet.py's constants of these names, and of others, is not at its default."""
+    values = {name: getattr(script_unet, name) for name in names} | (others or {})
+    return ", ".join(f"{name} = {values[name]!r}" for name, (default, *_) in
+                     script_unet.ALLOWED.items() if values.get(name, default) != default
+                     ) or "all at their defaults"
 
 
 def some_of_each_class(images, labels, count, skip=0):
@@ -371,7 +374,8 @@ def main():
     parser.add_argument("--guide", metavar="CHECKPOINT",
                         help="whose averaged weights guide; default: the checkpoint's own guide")
     parser.add_argument("--guide-dropout", type=float, metavar="SHARE",
-                        help="of the null class in what --guide is told, default 0.2; 1: no label")
+                        help="of the null class in what --guide is told; 1: no label; default 0.2, "
+                        "but 0 with script_unet.py's LABEL_DROPOUT = 0")
     parser.add_argument("--seed", type=int, help="of the samples, default SEED")
     parser.add_argument("--classifier-seed", type=int, default=0)
     parser.add_argument("--picture", metavar="PATH", help="save samples as a PNG, a class a row")
@@ -401,7 +405,7 @@ def main():
         if not torch.equal(guide.abar, model.abar) or guide.constants["IMG_SIZE"] != size:
             sys.exit(f"{args.guide} has another noise schedule or size than {args.checkpoint}")
         classes = guide.class_embedding.weight
-        told = 0.2 * bool(script_unet.LABEL_DROPOUT)    # as finish_average() tells a run's own
+        told = 0.2 * bool(script_unet.LABEL_DROPOUT)    # as finish_average() tells a run's own now
         classes[:-1].lerp_(classes[-1], told if args.guide_dropout is None else args.guide_dropout)
         model.guide = (guide,)
     reals = evaluate_real(args.samples, args.classifier_seed)   # now: it may fail, or take minutes
@@ -413,7 +417,7 @@ def main():
           f"{script_unet.SEED}, guidance {script_unet.guidance(model):.3f}, "
           f"{min(script_unet.SAMPLING_STEPS, len(model.abar))} steps, "
           f"{script_unet.precision(model.abar.device)}, drawn in {seconds:.1f} s; constants "
-          f"{changed_constants()}")
+          f"{changed_constants(DRAWN_WITH, model.constants)}")
     print_table(evaluate(images, labels, args.classifier_seed), reals,
                 load_classifier(args.classifier_seed).name)
     if picture:

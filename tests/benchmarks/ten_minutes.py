@@ -113,6 +113,7 @@ def main():
     except (ValueError, SyntaxError) as error:
         parser.error(f"constants are given as 'EMA_GAMMA=8' or 'PRECISION=\"fp32\"': {error}")
     script_unet.check_constants()
+    changed = evaluate.changed_constants(changeable)
     plain = re.sub(r"[^\w.=(),-]+", "-", name)   # of VALUE, what a folder's name may have
     folder = args.output or evaluate.CACHE / f"ten_minutes_{plain}_seed{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,8 +134,8 @@ def main():
         reals = evaluate.evaluate_real(args.samples, args.classifier_seed)
     print(f"{name}, seed {args.seed}, {device}, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}, "
-          + (f"{peer.version()}, fp32" if peer else script_unet.precision(device)
-             + f"; constants {evaluate.changed_constants()}"))
+          + (f"{peer.version()}, fp32" if peer else
+             f"{script_unet.precision(device)}; constants {changed}"))
     if peer:
         print(f"{peer.parameters():,} parameters")
         train_peer(peer, images, original_labels, args.seconds, args.batch_size or peer.batch_size)
@@ -160,7 +161,7 @@ def main():
     judge = evaluate.load_classifier(args.classifier_seed).name
     (folder / "figures.json").write_text(json.dumps(
         {"name": name, "figures": figures, "real": reals, "classifier": judge, "seed": args.seed,
-         "seconds": args.seconds, "constants": evaluate.changed_constants()}, indent=1))
+         "seconds": args.seconds, "constants": None if peer else changed}, indent=1))
     print(f"{name}: {len(samples):,} samples drawn in {seconds:.1f} s, see {folder}/samples.png")
     evaluate.print_table(figures, reals, judge)
 
