@@ -49,7 +49,7 @@ def test_ten_minutes_write_to_their_folder_alone_and_say_which_constants_were_ch
         tiny, monkeypatch, tmp_path):
     for name, value in (("CHECKPOINT_PREFIX", str(tmp_path / "long")), ("SAMPLING_ETA", 0.5),
                         ("PICTURE_DIR", str(tmp_path / "long_pictures")),
-                        ("SEED", 0), ("EMA_GAMMA", 4.0), ("BLOCKS", (1, 1))):
+                        ("SEED", 0)):       # which main() sets: to be set back at the end
         monkeypatch.setattr(tiny, name, value)
     images = torch.zeros(600, 1, 28, 28).byte(), torch.arange(600) % 10
     for name, value in (("real_images", lambda _split: images), ("evaluate_real", lambda *_: []),
