@@ -12,7 +12,7 @@ walks back from pure noise. x_start: a clean image, float (B, 1, H, W) in [-1, 1
 [3] Song, Meng, Ermon, Denoising Diffusion Implicit Models, arXiv:2010.02502
 [4] Salimans, Ho, Progressive Distillation for Fast Sampling (v), arXiv:2202.00512
 [5] Ho, Salimans, Classifier-Free Diffusion Guidance, arXiv:2207.12598
-[6] Lu et al., DPM-Solver++, arXiv:2211.01095; corrected as Zhao et al., UniPC, arXiv:2302.04867
+[6] Lu et al., DPM-Solver++, arXiv:2211.01095; its corrector: Zhao et al., UniPC, arXiv:2302.04867
 [7] Shen et al., Efficient Attention: Attention with Linear Complexities, arXiv:1812.01243
 [8] Karras et al., Analyzing and Improving the Training Dynamics (EMA), arXiv:2312.02696
 [9] Liu et al., Muon is Scalable for LLM Training (on Jordan's Muon, 2024), arXiv:2502.16982
@@ -100,8 +100,7 @@ def generator(*keys):
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
-def pick_device():
-    """CUDA or CPU; not MPS: wrong channels_last gradients (pytorch issues 107214, 175189)."""
+def pick_device():  # not MPS: wrong channels_last gradients (pytorch issues 107214, 175189)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # ---- Data: four gzipped IDX files, kept in memory as uint8 -------------------------------------
@@ -139,7 +138,8 @@ def find_data():
         with tempfile.TemporaryDirectory(dir=raw, prefix=".download-") as aside:
             FashionMNIST(aside, download=True)  # checks MD5 sums
             for file in Path(aside, "FashionMNIST", "raw").iterdir():
-                os.replace(file, raw / file.name)
+                if (old := raw / file.name).exists(): os.replace(old, f"{old}.1")   # perhaps yours
+                os.replace(file, old)
     except Exception as error:  # urllib's, ssl's, ImportError, OSError or RuntimeError
         raise UserError(f"Fashion-MNIST not found: tried {', '.join(tried)} and a download into "
                         f"DATA_DIR = {DATA_DIR!r} ({error}). Put the four .gz files into {raw}, or "
@@ -153,8 +153,7 @@ def load_fashion_mnist(split, folder=None):
     if images.shape[1:] != (28, 28):
         raise bad_data(paths[0], f"holds {images.shape}, not 28 x 28 images")
     if labels.shape != images.shape[:1] or labels.max(initial=0) >= NUM_CLASSES:
-        raise bad_data(paths[1], f"must count {len(images)} labels from 0 to {NUM_CLASSES - 1}, "
-                       "NUM_CLASSES being len(CLASS_NAMES)")
+        raise bad_data(paths[1], f"must count {len(images)} labels below {len(CLASS_NAMES)=}")
     images, labels = torch.tensor(images)[:, None], torch.tensor(labels, dtype=torch.long)
     if IMG_SIZE != 28:
         images = torch.cat([F.interpolate(part.float(), (IMG_SIZE, IMG_SIZE), mode="bilinear",
@@ -180,12 +179,12 @@ class PatchConv(nn.Module):
         self.patch_size = patch_size
         self.conv = Conv1x1(in_channels * patch_size**2, out_channels, 1, bias=False)
     def forward(self, x):
-        rows, cols = -x.shape[-2] % self.patch_size, -x.shape[-1] % self.patch_size
+        p = self.patch_size
+        rows, cols = -x.shape[-2] % p, -x.shape[-1] % p
         if rows or cols: x = F.pad(x, (cols // 2, cols - cols // 2, rows // 2, rows - rows // 2))
-        # A convolution of stride p as reshape and matrix product: several times faster on a CPU
-        x, p = x.permute(0, 2, 3, 1), self.patch_size
-        x = x.unflatten(2, (-1, p)).unflatten(1, (-1, p)).transpose(2, 3)  # (B, H/p, W/p, p, p, in)
-        return self.conv(x.flatten(3).permute(0, 3, 1, 2))          # (B, out, H/p, W/p)
+        # Reshape to (B, H/p, p, W/p, p, in), then a matrix product: on a CPU faster than stride p
+        x = x.permute(0, 2, 3, 1).unflatten(2, (-1, p)).unflatten(1, (-1, p))
+        return self.conv(x.transpose(2, 3).flatten(3).permute(0, 3, 1, 2))  # (B, out, H/p, W/p)
 
 class PatchExpand(nn.Module):
     """Each pixel to a p x p patch; (B, in, H/p, W/p), size = (H, W) -> (B, out, H, W).
@@ -303,17 +302,16 @@ class FashionMNISTUNetDenoiser(nn.Module):
         channels, blocks, dim = c["CHANNELS"], c["BLOCKS"], c["EMBEDDING_DIM"]
         self.register_buffer("abar", alphas_cumprod(c), persistent=False)
         self.register_buffer("epochs", torch.tensor(0))  # of training; see guidance()
-        self.guide = (self,)  # the weaker model of guidance, in a tuple: not a submodule
+        self.guide = (self,)  # itself, or a weaker model for guidance; a tuple: not a submodule
         self.time_mlp = nn.Sequential(nn.Linear(64, dim), nn.Hardswish(), nn.Linear(dim, dim))
         self.class_embedding = nn.Embedding(c["NUM_CLASSES"] + 1, dim)
         nn.init.normal_(self.class_embedding.weight, std=0.5)
-        widths, patches, last = (1, *channels), (c["PATCH_SIZE"], 2, 2, 2), len(channels) - 1
-        self.downs = nn.ModuleList(Down(widths[i], widths[i + 1], patches[i], blocks[i], dim,
-                                        dropout, separable=True) for i in range(last + 1))
-        self.attention = SelfAttention(channels[last], c["ATTENTION_HEAD_DIM"])
-        self.middle = Blocks(ResBlock(channels[last], dim, dropout) for _ in range(blocks[last]))
+        downs = zip((1, *channels), channels, (c["PATCH_SIZE"], 2, 2, 2), blocks)
+        self.downs = nn.ModuleList(Down(*sizes, dim, dropout, separable=True) for sizes in downs)
+        self.attention = SelfAttention(channels[-1], c["ATTENTION_HEAD_DIM"])
+        self.middle = Blocks(ResBlock(channels[-1], dim, dropout) for _ in range(blocks[-1]))
         self.ups = nn.ModuleList(Up(channels[i + 1], channels[i], 2, blocks[i], dim, dropout,
-                                    kernel=1) for i in reversed(range(last)))
+                                    kernel=1) for i in reversed(range(len(channels) - 1)))
         self.norm = nn.BatchNorm2d(channels[0])
         self.to_pixels = PatchExpand(channels[0], 1, c["PATCH_SIZE"])
         nn.init.zeros_(self.to_pixels.conv.weight)
@@ -499,11 +497,12 @@ def mosaic(images, columns, gap=2):
     return grid.flatten(2).flatten(0, 1)[gap:, gap:].numpy()
 
 def draw_classes(images, names, title, path):
-    """Save images (10 * columns, 1, H, W) on a fixed gray scale: a row per class, named columns."""
+    """Save images (N, 1, H, W), a row per class, on a fixed gray scale, with names of columns."""
     columns, cell = len(names), images.shape[-1] + 2                # with mosaic's gap
     figure = Figure((max(6.4, 1.8 + 0.62 * columns), 1.1 + 0.6 * NUM_CLASSES), layout="constrained")
     axes = figure.add_subplot(title=title)
-    axes.imshow(mosaic(images, columns), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.imshow(mosaic(images, columns), cmap="gray", vmin=0, vmax=255, interpolation="nearest",
+                origin="upper", aspect="equal")     # whatever a user's style says
     axes.set_yticks([cell * (row + 0.5) for row in range(NUM_CLASSES)], CLASS_NAMES)
     axes.set_xticks([cell * (column + 0.5) for column in range(columns)], names)
     axes.tick_params(which="both", length=0, grid_alpha=0)  # a style's grid crosses the clothes
@@ -511,11 +510,11 @@ def draw_classes(images, names, title, path):
 
 def generate_visualizations(model, epoch, final=False):
     """Draw samples of each class, and how the first of each came out of noise: one fixed batch.
-    Writes both PNGs of the epoch or, when final, the final samples and an animated GIF."""
-    columns, wide, names, frames = PICTURE_COLUMNS, math.gcd(5, NUM_CLASSES), [], []  # GIF: 5 a row
+    Writes both PNGs of the epoch or, when final, the samples and a GIF, 5 classes (or 1) a row."""
+    columns, wide, names, frames = PICTURE_COLUMNS, math.gcd(5, NUM_CLASSES), [], []
     def watch(t, x_t):
         names.append("image" if t < 0 else f"t = {t}")
-        frames.append(x_t[::columns].to("cpu", copy=True))          # (10, 1, H, W)
+        frames.append(x_t[::columns].to("cpu", copy=True))          # (NUM_CLASSES, 1, H, W)
     images = sample(model, torch.arange(NUM_CLASSES).repeat_interleave(columns), callback=watch)
     stem, steps = Path(PICTURE_DIR, f"epoch_{epoch}"), f"{len(frames) - 1} of {len(model.abar)}"
     about = f"epoch {epoch}, {steps} steps, guidance {guidance(model):.3g}"
@@ -547,7 +546,7 @@ def draw_losses(history):
     save_figure(figure, "training_loss.png")
 
 # ---- Checkpoints -------------------------------------------------------------------------------
-TRAINED = ("model", "average", "guide", "muon", "adamw")  # a Trainer's, and a checkpoint's
+TRAINED = ("model", "average", "guide", "muon", "adamw")  # three models and their two optimizers
 def checkpoint_path(what):  # "last", "best_model" or "epoch_10"
     return Path(f"{CHECKPOINT_PREFIX}_{what}.pt")
 def find_checkpoints(whats=("last", "best_model", *("epoch_" + "[0-9]" * n for n in range(1, 8)))):
@@ -556,10 +555,10 @@ def find_checkpoints(whats=("last", "best_model", *("epoch_" + "[0-9]" * n for n
 def read_checkpoint(path):
     """The checked state in a file, executing nothing. Raises UserError, naming a bad file."""
     try:
-        state = torch.load(io.BytesIO(data := Path(path).read_bytes()), "cpu", weights_only=True)
+        state = torch.load(data := io.BytesIO(Path(path).read_bytes()), "cpu", weights_only=True)
         state.setdefault("guide", state["average"])  # an older FORMAT, refused later
         [state[name].keys() for name in ("constants", *TRAINED)], state["progress"]["step"] + 0
-        if zipfile.ZipFile(io.BytesIO(data)).testzip() or not all(  # torch.load checks no sums
+        if zipfile.ZipFile(data).testzip() or not all(  # torch.load checks no sums
                 v.isfinite().all() for part in TRAINED[:3] for v in state[part].values()):
             raise ValueError("its values are damaged or not finite")
     except Exception as error:  # torch.load raises whatever the bytes suggest to it
@@ -662,13 +661,13 @@ class Trainer:
         # Muon orthogonalizes updates of matrices (out, h * w * in): views of the kernels' memory
         self.matrices = [nn.Parameter(k.data.movedim(1, 3).view(len(k), -1)) for k in self.kernels]
         self.muon = torch.optim.Muon([{"params": self.matrices}], MUON_LEARNING_RATE,
-                                     momentum=0.9, ns_steps=3)  # torch's 0.95 and 5 are slower
+                                     momentum=0.9, ns_steps=3)  # torch's 0.95: no better; 5: slower
         self.adamw = torch.optim.AdamW(rest, LEARNING_RATE, (0.9, 0.99), fused=True)
         self.progress = {"epoch": 0, "position": 0, "step": 0, "sums": torch.zeros(2, 3),
                          "best_loss": math.inf, "best_epoch": 0, "history": []}
 
     def save(self, *names):
-        check_loss(0 * sum(p.sum() for p in self.model.parameters()).item())  # 0, or NaN: diverged
+        if not all(p.isfinite().all() for p in self.model.parameters()): check_loss(math.nan)
         torch.save({"constants": self.model.constants, "progress": self.progress,
                     **{x: getattr(self, x).state_dict() for x in TRAINED}}, buffer := io.BytesIO())
         for name in names: atomic_write(checkpoint_path(name), buffer.getbuffer())
@@ -740,7 +739,7 @@ def exit_if_asked(trainer, images, labels, stop):
         sys.exit(128 + number)
 
 def train(trainer, images, labels, heldout, stop):
-    """Run the epochs that are left. Exits, the state saved, when a signal is added to `stop`."""
+    """Run what is left, with a bar if on a terminal. Exits, saved, when `stop` gets a signal."""
     now, per_epoch = trainer.progress, len(images) // BATCH_SIZE * BATCH_SIZE
     with tqdm(total=EPOCHS * per_epoch, initial=now["epoch"] * per_epoch + now["position"],
               unit=" images", smoothing=0, disable=RANK > 0 or not sys.stderr or None) as bar:
@@ -784,7 +783,7 @@ def check_constants():
     wrong = []
     for name, allowed in ALLOWED.items():
         value, expected, limits = globals()[name], type(allowed[0]), allowed[1:]
-        words, fine = " or ".join(map(repr, allowed)), value in allowed
+        words, fine = " or ".join(map(repr, allowed)), type(value) is expected and value in allowed
         if expected in (int, float, tuple):
             kind, values = (int, value) if expected is tuple else (expected, (value,))
             words = "an integer" if kind is int else "a number"
@@ -796,6 +795,7 @@ def check_constants():
         wrong.append(f"BLOCKS must be as many as CHANNELS, 1 to 4, and not all 0, got {BLOCKS!r}")
     elif not wrong and CHANNELS[-1] % ATTENTION_HEAD_DIM:
         wrong.append(f"ATTENTION_HEAD_DIM must divide {CHANNELS=}[-1], got {ATTENTION_HEAD_DIM}")
+    if len(CLASS_NAMES) != NUM_CLASSES: wrong.append(f"{NUM_CLASSES=} must be {len(CLASS_NAMES)=}")
     if wrong: raise UserError("; ".join(wrong))
     alphas_cumprod()  # checks BETA_START and BETA_END together
 
@@ -861,7 +861,7 @@ def run(stop):
             now.update(best_epoch=now["epoch"], best_loss=now["history"][-1]["heldout_loss"])
             trainer.save("last", "best_model")
         if now["position"] == 0: trainer.save_epoch()   # what a kill between two files left out
-    stop[:] = filter(None, stop)  # main()'s 0 goes, a signal to several processes stays
+    if 0 in stop: stop.remove(0)  # from here on there is something to save before leaving
     train(trainer, images, labels, heldout, stop)
     generate_visualizations(trainer.average, now["epoch"], final=True)
     say(f"finished   {now['epoch']} epochs: see final_fashion_mnist_samples.png; best held-out "
@@ -872,13 +872,13 @@ def main():
     """Train, resume or finish the run in the working directory. Raises UserError, SystemExit."""
     check_constants()
     keep_freed_memory()
-    stop = [0] if WORLD_SIZE == 1 else []  # 0: nothing to save yet; several leave together
+    stop = [0] if WORLD_SIZE == 1 else []  # the signals; 0: nothing to save yet, leave at once
     def remember(number, _frame):
         if stop == [0] or stop and number == signal.SIGINT and "RANK" not in os.environ:
             sys.exit(128 + number)  # at once; so when asked twice, but torchrun repeats Ctrl-C
         stop.append(number)
         if not RANK and os.isatty(2): os.write(2, b"\nstopping when this is done and saved\n")
-    with contextlib.ExitStack() as stack:
+    with torch.random.fork_rng([]), contextlib.ExitStack() as stack:    # a caller's draws go on
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()) if RANK else hold_folder())
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):  # old handlers come back at the end

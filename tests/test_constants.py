@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, raising
@@ -36,7 +37,9 @@ BAD = [
     ("BETA_SCHEDULE", "cosin"), ("BETA_SCHEDULE", None), ("BETA_START", 0), ("BETA_END", -0.02),
     ("SAMPLING_STEPS", 0), ("SAMPLING_ETA", -0.1), ("SAMPLING_ETA", 1.1), ("GUIDANCE_SCALE", -1),
     ("PRECISION", "fp16"), ("RESUME", "no"), ("CHECKPOINT_EVERY", 0), ("PICTURE_COLUMNS", 0),
-    ("PICTURE_COLUMNS", 1)]
+    ("PICTURE_COLUMNS", 1), ("RESUME", 1),
+    # Checkpoints of these could not be read
+    ("BETA_SCHEDULE", np.str_("cosine")), ("CHANNELS", np.array([64, 96, 128]))]
 
 
 def refused():
@@ -116,6 +119,13 @@ def test_constant_edited_in_the_file_is_printed_as_differing_from_its_default(
         module.report(module.FashionMNISTUNetDenoiser(), "folder", [], [], 1)
         said.append(re.search(r"(?m)^constants  (.*)$", capsys.readouterr().out)[1])
     assert said == ["all at their defaults", f"{name} = {value!r}"]
+
+
+def test_class_names_of_another_number_than_the_models_are_refused(monkeypatch):
+    monkeypatch.setattr(script_unet, "CLASS_NAMES", ("shoe", "bag"))    # from a notebook
+    assert refused() == "NUM_CLASSES=10 must be len(CLASS_NAMES)=2"
+    monkeypatch.setattr(script_unet, "NUM_CLASSES", 2)
+    script_unet.check_constants()
 
 
 @pytest.mark.parametrize("channels, blocks", [

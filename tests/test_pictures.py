@@ -30,6 +30,15 @@ def coded_sample(level):
     return fake
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, as matplotlib's own, in a list that grows."""
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (
+        saved.append(figure), save(figure, *args, **options)))
+    return saved
+
+
 @pytest.mark.parametrize("folder, wanted", [("", "epoch_7_samples.png"),
                                             ("a/b/", "a/b/epoch_7_samples.png")])
 def test_pictures_go_to_picture_dir_as_announced(tiny, monkeypatch, capsys, folder, wanted):
@@ -65,17 +74,19 @@ def test_picture_has_a_row_a_class_and_columns_in_order_on_a_fixed_gray_scale(
         assert np.diff(along[0]).min() > 20 and np.ptp(np.diff(along[0])) <= 4
 
 
-def test_more_columns_make_a_wider_picture_not_smaller_clothes(tiny, monkeypatch):
+def test_more_columns_make_a_wider_picture_not_smaller_clothes(tiny, monkeypatch, figures):
     monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 30)
     monkeypatch.setattr(tiny, "sample", coded_sample(lambda c, j, k: 17 + c))
     generate_visualizations(FashionMNISTUNetDenoiser(), 7)
     with Image.open(f"{tiny.PICTURE_DIR}/epoch_7_samples.png") as image:
         assert image.width > 30 * 50 and image.height < 1000
+    assert len(figures[1].axes[0].get_xticks()) == 5    # no step is shown twice
 
 
-def test_grid_of_a_users_style_does_not_cross_the_clothes(tiny, monkeypatch):
+def test_style_of_a_users_does_not_change_the_clothes(tiny, monkeypatch, figures):
     monkeypatch.setattr(tiny, "sample", coded_sample(lambda c, j, k: 17 + c))
     style = {"axes.grid": True, "axes.grid.which": "both", "grid.color": "red",
+             "image.origin": "lower", "image.aspect": "auto", "image.cmap": "hot",
              "xtick.minor.visible": True, "ytick.minor.visible": True}
     with matplotlib.rc_context(style):
         generate_visualizations(FashionMNISTUNetDenoiser(), 7)
@@ -83,15 +94,9 @@ def test_grid_of_a_users_style_does_not_cross_the_clothes(tiny, monkeypatch):
         with Image.open(path) as image:
             red, green, blue = np.asarray(image.convert("RGB")).astype(int).transpose(2, 0, 1)
         assert (red == green).all() and (red == blue).all(), path
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are saved, as matplotlib's own, in a list that grows."""
-    saved, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (
-        saved.append(figure), save(figure, *args, **options)))
-    return saved
+    for figure in figures:
+        axes, = figure.axes
+        assert axes.yaxis_inverted() and axes.get_aspect() == 1     # the first class above
 
 
 @pytest.mark.parametrize("scale, epochs, shown", [(2.5, 20, "2.5"), (0.0, 50, "1.65")])
@@ -190,7 +195,7 @@ def test_loss_picture_can_be_read_off_it_has_decimals_whole_epochs_and_the_last_
             assert list(line.get_xdata()) == list(range(1, epochs + 1))
 
 
-@pytest.mark.parametrize("steps, seconds", [(22, 4.2), (100, 7), (250, 7)])
+@pytest.mark.parametrize("steps, seconds", [(22, 4.2), (100, 7), (300, 8)])
 def test_gif_of_many_steps_stays_short(tiny, monkeypatch, steps, seconds):
     for name, value in (("NUM_DIFFUSION_STEPS", steps), ("SAMPLING_STEPS", steps),
                         ("PICTURE_COLUMNS", 2)):
@@ -224,6 +229,19 @@ def test_pictures_of_another_number_of_classes_are_drawn(tiny, monkeypatch, clas
         assert gif.size == (classes // rows * 30 - 2, rows * 30 - 2)
     with Image.open("final_fashion_mnist_samples.png") as picture:
         assert picture.height > 30 * classes    # no pixel of a sample is left out
+
+
+def test_epoch_of_images_of_another_size_is_drawn_and_judged(tiny, monkeypatch, figures):
+    for name, value in (("IMG_SIZE", 16), ("BATCH_SIZE", 20), ("PICTURE_COLUMNS", 2)):
+        monkeypatch.setattr(tiny, name, value)
+    images, labels = (part[:40] for part in load_fashion_mnist("train"))
+    trainer = Trainer(torch.device("cpu"))
+    trainer.step(images, labels)
+    tiny.finish_epoch(trainer, images, labels, (images, labels))
+    assert list(figures[0].axes[0].get_yticks()) == [18 * i + 9 for i in range(10)]
+    generate_visualizations(trainer.average, 1, final=True)
+    with Image.open("final_fashion_mnist_generation.gif") as gif:
+        assert gif.size == (5 * 18 - 2, 2 * 18 - 2)
 
 
 def test_pictures_keep_no_more_of_each_step_than_they_show(tiny, monkeypatch):
