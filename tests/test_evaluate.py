@@ -3,9 +3,11 @@
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import checkpoint
+from PIL import Image
 
 import evaluate
 import script_unet
@@ -150,6 +152,31 @@ def test_classifier_that_is_too_often_wrong_is_no_judge(monkeypatch, right, refu
         assert load(0).name != model.name
 
 
+def test_imagenet_features_are_of_all_images_in_order_four_times_as_large_in_three_colours(
+        monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate, "load_imagenet", lambda: SimpleNamespace(
+        extract_features=lambda x: (seen.append(x), x[:, :2])[1]))
+    gray = torch.arange(300) % 256
+    features = evaluate.imagenet_features(gray.byte().view(-1, 1, 1, 1).expand(-1, -1, 28, 28))
+    assert [tuple(x.shape) for x in seen] == [(250, 3, 112, 112), (50, 3, 112, 112)]
+    torch.testing.assert_close(features, (gray / 127.5 - 1)[:, None].expand(-1, 2))
+
+
+def test_picture_has_a_class_a_row(tmp_path):
+    images = (20 * torch.arange(10)).byte().repeat_interleave(2).view(-1, 1, 1, 1)
+    evaluate.save_picture(images.expand(-1, 1, 28, 28), tmp_path / "samples.png")
+    with Image.open(tmp_path / "samples.png") as picture:
+        rows = np.asarray(picture.convert("L"))
+    cells = rows[30::60, [30, 90]]      # twice as large, between lines
+    assert cells.tolist() == [[20 * c] * 2 for c in range(10)]
+
+
+def test_excerpt_of_the_data_is_not_judged_with(tiny):
+    with pytest.raises(SystemExit, match="whole of Fashion-MNIST"):
+        evaluate.real_images.__wrapped__("train")
+
+
 def test_table_shows_the_mean_and_range_of_real_images_and_the_ratio_to_the_mean(capsys):
     figures, *reals = ({"n": 20, "frechet": x, "accuracy": 0.5} for x in (0.05, 0.03, 0.02, 0.01))
     evaluate.print_table(figures, reals, "judge")
@@ -236,3 +263,7 @@ def test_guide_that_is_named_guides_and_is_told_so_much_of_the_class(
     own = script_unet.load_denoiser(checkpoint("best_model")).class_embedding.weight
     torch.testing.assert_close(told[:-1], (1 - share) * own[:-1] + share * own[-1])
     assert torch.equal(told[-1], own[-1])
+    judge.setattr(tiny, "BETA_SCHEDULE", "linear")
+    script_unet.Trainer(torch.device("cpu")).save("best_model")
+    with pytest.raises(SystemExit, match="another noise schedule"):
+        evaluate.main()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import checkpoint, log_rows
 
+import peers
 import ten_minutes
 import throughput
 from script_unet import Trainer, read_checkpoint
@@ -26,11 +27,15 @@ def test_rate_is_of_whole_steps_after_the_first(monkeypatch):
     assert throughput.rate(step, 5, CPU) == 24 / 6
 
 
-def test_timed_steps_are_training_steps_of_one_epoch_after_another(tiny, pictures):
+def test_timed_steps_are_training_steps_of_one_epoch_after_another(
+        tiny, monkeypatch, pictures):
+    monkeypatch.setattr(tiny, "EPOCHS", 1)
     trainer = Trainer(CPU)
     step = throughput.our_step(trainer, *pictures)
     assert [step() for _ in range(8)] == [100] * 8      # 600 images
     assert [trainer.progress[name] for name in ("epoch", "position", "step")] == [1, 200, 8]
+    for optimizer in (trainer.muon, trainer.adamw):     # beyond the last epoch
+        assert optimizer.param_groups[0]["lr"] == 0
 
 
 @pytest.mark.parametrize("seconds, epochs", [(4.5, 2), (0.1, 1)])
@@ -58,6 +63,7 @@ def test_ten_minutes_write_to_their_folder_alone_and_say_which_constants_were_ch
         monkeypatch.setattr(ten_minutes.evaluate, name, value)
 
     def train(*_args):
+        assert tiny.SEED == 7
         trainer = Trainer(CPU)
         trainer.save("last")
         tiny.generate_visualizations(trainer.average, 1)
@@ -66,7 +72,7 @@ def test_ten_minutes_write_to_their_folder_alone_and_say_which_constants_were_ch
     monkeypatch.setattr(ten_minutes, "train_ours", train)
     monkeypatch.setattr(tiny, "keep_freed_memory", lambda: None)
     monkeypatch.setattr("sys.argv", ["ten_minutes.py", "--samples", "2", "--output", "results",
-                                     "BLOCKS=(0, 1)"])
+                                     "--seed", "7", "BLOCKS=(0, 1)"])
     ten_minutes.main()
     assert not list(tmp_path.glob("long*"))
     assert {path.name for path in Path("results").rglob("*.p*")} == {
@@ -75,3 +81,51 @@ def test_ten_minutes_write_to_their_folder_alone_and_say_which_constants_were_ch
     said = json.loads(Path("results", "figures.json").read_text())["constants"].split(", ")
     assert {"SAMPLING_ETA = 0.5", "EMA_GAMMA = 4.0"} <= set(said)
     assert "BLOCKS = (0" in said
+    with pytest.raises(SystemExit, match="results holds an earlier run"):
+        ten_minutes.main()
+
+
+class Line(peers.Peer):
+    """A peer of one weight, 0 at first, that pulls it towards the batch's sum of labels."""
+
+    gradient_clip, averaged = 0.5, 0
+
+    def build(self):
+        self.model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(self.model.weight)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+        self.batches = []
+
+    def loss(self, x, labels):
+        self.batches.append((x, labels))
+        return (self.model.weight - labels.sum()).square().sum()
+
+    def update_average(self):
+        self.averaged += self.model.weight.item()
+
+    def generate(self, labels):
+        return (labels / 127.5 - 1).view(-1, 1, 1, 1)
+
+
+def test_step_of_a_peer_is_an_update_along_its_batchs_clipped_gradient():
+    peer, images = Line(CPU), torch.tensor([0, 255]).byte()
+    for labels in ([3, 4], [0, 0]):     # gradients -14 and then 2 * .5 = 1, both clipped to .5
+        peer.step(images, torch.tensor(labels))
+        assert peer.batches[-1][0].tolist() == [-1, 1]
+    assert peer.model.weight.item() == pytest.approx(0, abs=1e-5)
+    assert peer.averaged == pytest.approx(0.5)
+    samples = peer.sample(torch.arange(5), batch_size=2)
+    assert samples.dtype == torch.uint8 and samples.flatten().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_peer_is_trained_on_each_image_once_an_epoch_until_the_time_is_up(monkeypatch, capsys):
+    peer, labels = Line(CPU), torch.arange(10)
+    monkeypatch.setattr(ten_minutes, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+    monkeypatch.setattr(throughput, "clock", lambda _device: float(len(peer.batches)))
+    ten_minutes.train_peer(peer, labels.byte(), labels, 7, 4)   # 7 s of a second a step
+    assert [len(batch) for _, batch in peer.batches] == [4, 4, 2, 4, 4, 2, 4]
+    for x, batch in peer.batches:
+        assert torch.equal((127.5 * (x + 1)).round().long(), batch)
+    epoch = torch.cat([batch for _, batch in peer.batches[:3]])
+    assert sorted(epoch.tolist()) == list(range(10))
+    assert "trained 7 s, 7 updates of 4 images, 3 images/s" in capsys.readouterr().out

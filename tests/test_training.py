@@ -777,6 +777,7 @@ def test_divergence_stops_the_run_before_anything_good_is_overwritten(
     state = read_checkpoint(checkpoint("last"))     # raises if it holds what is not finite
     assert state["progress"]["epoch"] == 1
     assert len(list(Path().glob("*.pt"))) == 2      # and the best, both of epoch 1
+    assert len(log_rows()) == 1
     if spoil is nan_loss:   # from the same files as the others
         run()
         assert_as_undisturbed(undisturbed)
@@ -807,6 +808,31 @@ def test_checkpoint_whose_constants_do_not_fit_its_weights_is_refused_by_name(
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(UserError, match="other.pt does not fit"):
         load_denoiser(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("part", ["average", "guide"])
+def test_checkpoint_that_lacks_a_weight_is_refused(tmp_path, undisturbed, part):
+    state = read_checkpoint(checkpoint("last", undisturbed[0]))
+    del state[part]["norm.weight"]
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="other.pt does not fit"):
+        load_denoiser(tmp_path / "other.pt")
+
+
+def test_checkpoint_of_a_gpu_is_read_where_there_is_none(tiny, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda _storage: "cuda:0")
+        Trainer(CPU).save("last")
+    assert newest_checkpoint(tiny.model_constants())[0] == checkpoint("last")
+    assert load_denoiser(checkpoint("last"), "cpu").abar.device == CPU
+
+
+def test_checkpoint_is_loaded_to_the_device_of_training_unless_another_is_named(
+        undisturbed, monkeypatch):
+    path, meta = checkpoint("last", undisturbed[0]), torch.device("meta")
+    monkeypatch.setattr(script_unet, "pick_device", lambda: meta)
+    for model, device in ((load_denoiser(path), meta), (load_denoiser(path, "cpu"), CPU)):
+        assert model.abar.device == model.guide[0].abar.device == device
 
 
 def test_code_of_the_readme_samples_from_a_checkpoint(undisturbed, tmp_path, monkeypatch):
@@ -1156,6 +1182,12 @@ def test_pictures_and_metrics_leave_all_random_state_alone(tiny, monkeypatch):
     assert all(map(np.array_equal, np.random.get_state(), before[2]))
 
 
+def test_a_run_leaves_its_callers_random_numbers_alone(run):
+    state = torch.get_rng_state()
+    run()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_training_is_the_same_bit_for_bit_whatever_pictures_do(run, undisturbed, monkeypatch):
     def rude(*_args, **_kwargs):
         torch.manual_seed(torch.randint(1000, ()).item() + 1)
@@ -1299,6 +1331,7 @@ def test_every_weight_learns_and_kernels_by_nearly_orthogonal_updates(
         trainer.step(*pictures)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.step(*pictures)
+    assert not trainer.progress["sums"].requires_grad   # or all steps' maps would be kept
     rate, kernels = trainer.muon.param_groups[0]["lr"], 0
     for name, p in trainer.model.named_parameters():
         update = (p.detach() - before[name]).flatten(1) if p.ndim == 4 else p - before[name]
@@ -1309,6 +1342,20 @@ def test_every_weight_learns_and_kernels_by_nearly_orthogonal_updates(
             values = torch.linalg.svdvals(update) / scale
             assert 0.5 < values.median() and values.max() < 1.3, name
     assert kernels > 0
+
+
+def test_muons_matrices_are_the_kernels_and_their_gradients(tiny, monkeypatch, pictures):
+    trainer, grads, clip = Trainer(CPU), [], torch.nn.utils.clip_grad_norm_
+    for _ in range(3):      # until the zero-initialised weights let gradients through
+        trainer.step(*pictures)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: (
+        clip(*args), grads.extend(kernel.grad.clone() for kernel in trainer.kernels)))
+    trainer.step(*pictures)
+    assert all(map(torch.any, grads)) and any(len(grad[0, 0]) == 3 for grad in grads)
+    for kernel, matrix, grad in zip(trainer.kernels, trainer.matrices, grads, strict=True):
+        for part, whole in ((matrix, kernel), (matrix.grad, grad)):     # (out, h * w * in)
+            part = part.view(len(kernel), *kernel.shape[2:], kernel.shape[1]).movedim(3, 1)
+            assert torch.equal(part, whole)
 
 
 @pytest.mark.parametrize("setting, least, most", [("fp32", 0, 1e-4), ("bf16", 1e-3, 0.05)])

@@ -1,6 +1,7 @@
 """tests/benchmarks/trials.py: its updates are those of Trainer.step."""
 
 import contextlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -91,6 +92,17 @@ def test_a_trial_draws_what_the_trainer_draws_from(tiny, pictures, device):
     assert 0.05 < dropped.float().mean() < 0.15     # of LABEL_DROPOUT = 0.1, 600 times
     assert torch.equal(trial.y[~dropped], labels[trial.order][~dropped])
     assert abs(trial.noise.mean()) < 0.01 and abs(trial.noise.std() - 1) < 0.01
+
+
+def test_each_seed_and_epoch_of_the_trials_has_draws_of_its_own(tiny, pictures):
+    trial, other = (trials.Trial(seed, *pictures) for seed in (0, 1))
+    draws = []
+    for one, epoch in ((trial, 0), (trial, 1), (other, 0), (trial, 0)):
+        one.draw(epoch)
+        draws.append([part.clone() for part in (one.order, one.noise)])
+    for first, second in itertools.combinations(draws[:3], 2):
+        assert not any(map(torch.equal, first, second))
+    assert all(map(torch.equal, draws[3], draws[0]))
 
 
 def test_trials_learn_side_by_side_and_leave_checkpoints(tiny, monkeypatch, capsys, device):
