@@ -267,3 +267,8 @@ def test_guide_that_is_named_guides_and_is_told_so_much_of_the_class(
     script_unet.Trainer(torch.device("cpu")).save("best_model")
     with pytest.raises(SystemExit, match="another noise schedule"):
         evaluate.main()
+    with judge.context() as patch:
+        patch.setattr(tiny, "NUM_CLASSES", 9)
+        script_unet.Trainer(torch.device("cpu")).save("best_model")
+    with pytest.raises(SystemExit, match="best_model.pt does not draw .* ten classes"):
+        evaluate.main()

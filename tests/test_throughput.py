@@ -45,7 +45,8 @@ def test_ten_minutes_are_as_many_whole_epochs_as_fit_by_the_measured_rate(
     monkeypatch.setattr(throughput, "rate", lambda *_args: 250.0)   # 2.16 s an epoch
     for name in ("generate_visualizations", "draw_losses"):
         monkeypatch.setattr(tiny, name, lambda *_args: None)
-    path = ten_minutes.train_ours(*pictures, pictures, seconds)
+    path, trained = ten_minutes.train_ours(*pictures, pictures, seconds)
+    assert (trained["epochs"], trained["updates"]) == (epochs, 6 * epochs)
     assert tiny.EPOCHS == epochs        # so the learning rate ends at 0
     assert read_checkpoint(path)["progress"]["epoch"] == epochs == len(log_rows())
 
@@ -67,7 +68,7 @@ def test_ten_minutes_write_to_their_folder_alone_and_say_which_constants_were_ch
         trainer = Trainer(CPU)
         trainer.save("last")
         tiny.generate_visualizations(trainer.average, 1)
-        return checkpoint("last").absolute()
+        return checkpoint("last").absolute(), {"updates": 0}
 
     monkeypatch.setattr(ten_minutes, "train_ours", train)
     monkeypatch.setattr(tiny, "keep_freed_memory", lambda: None)
@@ -78,10 +79,16 @@ def test_ten_minutes_write_to_their_folder_alone_and_say_which_constants_were_ch
     assert {path.name for path in Path("results").rglob("*.p*")} == {
         "fashion_mnist_diffusion_last.pt", "samples.pt", "samples.png", "epoch_1_samples.png",
         "epoch_1_generation.png"}
-    said = json.loads(Path("results", "figures.json").read_text())["constants"].split(", ")
+    figures = json.loads(Path("results", "figures.json").read_text())
+    assert figures["trained"] == {"updates": 0} and figures["seed"] == 7
+    said = figures["constants"].split(", ")
     assert {"SAMPLING_ETA = 0.5", "EMA_GAMMA = 4.0"} <= set(said)
     assert "BLOCKS = (0" in said
     with pytest.raises(SystemExit, match="results holds an earlier run"):
+        ten_minutes.main()
+    monkeypatch.setattr(ten_minutes, "train_ours", lambda *_args: tiny.check_loss(float("nan")))
+    monkeypatch.setattr("sys.argv", ["ten_minutes.py", "--output", "others"])
+    with pytest.raises(SystemExit, match=r"\(loss nan\): begin anew, with another --output"):
         ten_minutes.main()
 
 
@@ -122,7 +129,8 @@ def test_peer_is_trained_on_each_image_once_an_epoch_until_the_time_is_up(monkey
     peer, labels = Line(CPU), torch.arange(10)
     monkeypatch.setattr(ten_minutes, "time", SimpleNamespace(perf_counter=lambda: 0.0))
     monkeypatch.setattr(throughput, "clock", lambda _device: float(len(peer.batches)))
-    ten_minutes.train_peer(peer, labels.byte(), labels, 7, 4)   # 7 s of a second a step
+    trained = ten_minutes.train_peer(peer, labels.byte(), labels, 7, 4)     # a second a step
+    assert trained["updates"] == 7 and trained["batch size"] == 4
     assert [len(batch) for _, batch in peer.batches] == [4, 4, 2, 4, 4, 2, 4]
     for x, batch in peer.batches:
         assert torch.equal((127.5 * (x + 1)).round().long(), batch)

@@ -107,7 +107,6 @@ def test_each_seed_and_epoch_of_the_trials_has_draws_of_its_own(tiny, pictures):
 
 def test_trials_learn_side_by_side_and_leave_checkpoints(tiny, monkeypatch, capsys, device):
     monkeypatch.setattr(sys, "argv", ["trials.py", "--seeds", "0", "1", "--epochs", "8"])
-    monkeypatch.setattr(tiny, "CHECKPOINT_PREFIX", "")
     trials.main()
     *_, last, first, second = capsys.readouterr().out.splitlines()
     losses = [float(line.split()[4].rstrip(",")) for line in (first, second)]
@@ -126,17 +125,23 @@ def test_trials_learn_side_by_side_and_leave_checkpoints(tiny, monkeypatch, caps
     assert "--epochs must be 8 or more, got 7" in capsys.readouterr().err
 
 
-def test_a_trial_that_diverged_does_not_lose_the_others(tiny, monkeypatch, capsys, device):
+@pytest.mark.parametrize("reason", ["training diverged", "cannot write"])
+def test_a_trial_that_cannot_be_saved_does_not_lose_the_others(
+        tiny, monkeypatch, capsys, device, reason):
     monkeypatch.setattr(sys, "argv", ["trials.py", "--seeds", "0", "1", "--epochs", "8"])
-    monkeypatch.setattr(tiny, "CHECKPOINT_PREFIX", "")
 
-    def diverge(trained):
+    def fail(trained):
         for trial in trained:
             trial.finish(1)
-        next(trained[0].model.parameters()).data.fill_(torch.nan)
+        if reason == "cannot write":
+            Path("trial_seed0_last.pt").mkdir()     # in the checkpoint's place
+        else:
+            next(trained[0].model.parameters()).data.fill_(torch.nan)
 
-    monkeypatch.setattr(trials, "train", diverge)
+    monkeypatch.setattr(trials, "train", fail)
     with pytest.raises(SystemExit, match="1"):
         trials.main()
-    assert "seed 0: training diverged" in capsys.readouterr().out
-    assert [path.name for path in Path().glob("trial*")] == ["trial_seed1_last.pt"]
+    said = capsys.readouterr().out
+    assert f"seed 0: {reason}" in said and "again" not in said and "so not saved" in said
+    assert [path.name for path in Path().glob("trial*") if path.is_file()] == [
+        "trial_seed1_last.pt"]

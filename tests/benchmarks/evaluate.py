@@ -38,7 +38,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -351,8 +350,8 @@ def print_table(figures, reals, judge):
 def save_picture(images, path, columns=20):
     """Save the first columns of uint8 images (10 * N, 1, H, W) as a PNG: a tenth of them a row."""
     rows = images.cpu().view(10, -1, *images.shape[1:])[:, :columns]
-    grid = make_grid(rows.flatten(0, 1).float() / 255, nrow=rows.shape[1], pad_value=1)
-    save_image(F.interpolate(grid[None], scale_factor=2), path)
+    grid = script_unet.mosaic(script_unet.to_float(rows.flatten(0, 1)), rows.shape[1])
+    script_unet.Image.fromarray(grid.repeat(2, 0).repeat(2, 1)).save(path)      # twice as large
 
 
 def per_class(text):
@@ -400,12 +399,13 @@ def main():
         parser.error("--guide is not asked with a guidance of 1")
     model = script_unet.load_denoiser(args.checkpoint)
     guide = args.guide and script_unet.load_denoiser(args.guide)
-    if (size := model.constants["IMG_SIZE"]) != 28:
-        sys.exit(f"{args.checkpoint} draws {size} x {size} images; only 28 x 28 can be judged")
+    for path, loaded in ((args.checkpoint, model), (args.guide, guide)):
+        if loaded and [loaded.constants[x] for x in ("IMG_SIZE", "NUM_CLASSES")] != [28, 10]:
+            sys.exit(f"{path} does not draw 28 x 28 images of ten classes, which alone are judged")
     script_unet.keep_freed_memory()
     if guide:
-        if not torch.equal(guide.abar, model.abar) or guide.constants["IMG_SIZE"] != size:
-            sys.exit(f"{args.guide} has another noise schedule or size than {args.checkpoint}")
+        if not torch.equal(guide.abar, model.abar):
+            sys.exit(f"{args.guide} has another noise schedule than {args.checkpoint}")
         classes = guide.class_embedding.weight
         told = 0.2 * bool(script_unet.LABEL_DROPOUT)    # as finish_average() tells a run's own now
         classes[:-1].lerp_(classes[-1], told if args.guide_dropout is None else args.guide_dropout)

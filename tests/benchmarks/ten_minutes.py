@@ -33,7 +33,7 @@ import throughput
 
 
 def train_ours(images, labels, heldout, seconds):
-    """Train in the working directory; returns the path of the checkpoint."""
+    """Train in the working directory; returns the path of the checkpoint, and what was done."""
     device, batch_size = images.device, script_unet.BATCH_SIZE
     trial = throughput.our_step(script_unet.Trainer(device), images, labels)
     throughput.rate(trial, 10, device)  # to warm up: the first seconds may run at a higher clock
@@ -42,7 +42,7 @@ def train_ours(images, labels, heldout, seconds):
     per_epoch = len(images) // batch_size * batch_size
     # The learning rate follows EPOCHS: however short the run is, it ends at 0
     script_unet.EPOCHS = max(1, int(seconds * rate / per_epoch))
-    print(f"{rate:.0f} images/s: {script_unet.EPOCHS} epochs of {per_epoch:,} images")
+    print(f"{rate:.0f} images/s: {script_unet.EPOCHS} epochs of {per_epoch:,} images", flush=True)
 
     trainer, training, between = script_unet.Trainer(device), 0.0, 0.0
     for _ in range(script_unet.EPOCHS):
@@ -57,13 +57,16 @@ def train_ours(images, labels, heldout, seconds):
         print(f"epoch {row['epoch']}: loss {row['train_loss']:.4f}, held out "
               f"{row['heldout_loss']:.4f}, {training:.0f} s of training", flush=True)
     updates = trainer.progress["step"]
-    print(f"trained {training:.0f} s, {updates:,} updates, {updates * batch_size / training:.0f} "
-          f"images/s; another {between:.0f} s between the epochs")
-    return Path(f"{script_unet.CHECKPOINT_PREFIX}_last.pt").absolute()
+    rate = updates * batch_size / training
+    print(f"trained {training:.0f} s, {updates:,} updates, {rate:.0f} images/s; another "
+          f"{between:.0f} s between the epochs", flush=True)
+    return script_unet.checkpoint_path("last").absolute(), {
+        "epochs": script_unet.EPOCHS, "updates": updates, "batch size": batch_size,
+        "seconds": training, "images/s": rate, "seconds between the epochs": between}
 
 
 def train_peer(peer, images, labels, seconds, batch_size):
-    """Train a peer until the time is up."""
+    """Train a peer until the time is up; returns what was done."""
     updates, seen, start, elapsed = 0, 0, time.perf_counter(), 0.0
     with tqdm(total=round(seconds), unit=" s", leave=False, disable=None) as bar:
         while elapsed < seconds:
@@ -75,7 +78,55 @@ def train_peer(peer, images, labels, seconds, batch_size):
                 if elapsed >= seconds:
                     break
     print(f"trained {elapsed:.0f} s, {updates:,} updates of {batch_size} images, "
-          f"{seen / elapsed:.0f} images/s")
+          f"{seen / elapsed:.0f} images/s", flush=True)
+    return {"updates": updates, "batch size": batch_size, "seconds": elapsed,
+            "images/s": seen / elapsed}
+
+
+def measure(args, name, changed, device, train, test):
+    """Train, sample and judge in the working directory."""
+    labels = torch.arange(10).repeat_interleave(args.samples)
+    torch.manual_seed(args.seed)
+    peer = peers.PEERS[args.peer](device) if args.peer else None
+    with torch.random.fork_rng():   # the peer's random numbers stay as they were
+        # Now, as it may fail, or train the classifier
+        reals = evaluate.evaluate_real(args.samples, args.classifier_seed)
+    print(f"{name}, seed {args.seed}, {device}, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}, "
+          + (f"{peer.version()}, fp32" if peer else
+             f"{script_unet.precision(device)}; constants {changed}"), flush=True)
+    if peer:
+        print(f"{peer.parameters():,} parameters")
+        trained = train_peer(peer, *train, args.seconds, args.batch_size or peer.batch_size)
+        # Before it samples, which may take hours
+        torch.save({part: module.state_dict() for part, module in vars(peer).items()
+                    if isinstance(module, nn.Module)}, "peer.pt")
+        draw = peer.sample
+        asked = labels if peer.conditional else None
+    else:
+        try:
+            checkpoint, trained = train_ours(*train, test, args.seconds)
+        except script_unet.UserError as error:  # its advice is for runs that can be resumed
+            sys.exit(f"{re.split('[;,]', str(error))[0]}: begin anew, with another --output")
+        model, asked = script_unet.load_denoiser(checkpoint), labels
+
+        def draw(labels):
+            return script_unet.to_uint8(script_unet.sample(model, labels)).cpu()
+
+    start = time.perf_counter()
+    samples = draw(labels)
+    seconds = time.perf_counter() - start
+    evaluate.save_picture(samples, "samples.png")
+    torch.save(samples, "samples.pt")
+    figures = evaluate.evaluate(samples, asked, args.classifier_seed)
+    judge = evaluate.load_classifier(args.classifier_seed).name
+    Path("figures.json").write_text(json.dumps(
+        {"name": name, "figures": figures, "real": reals, "classifier": judge, "seed": args.seed,
+         "seconds": args.seconds, "trained": trained, "package": peer.version() if peer else None,
+         "constants": None if peer else changed}, indent=1))
+    print(f"{name}: {len(samples):,} samples drawn in {seconds:.1f} s, see "
+          f"{Path('samples.png').absolute()}")
+    evaluate.print_table(figures, reals, judge)
 
 
 def main():
@@ -98,11 +149,12 @@ def main():
         parser.error("--batch-size is for --peer; ours is 'BATCH_SIZE=128'")
     if args.seconds <= 0 or args.batch_size is not None and args.batch_size < 1:
         parser.error("--seconds and --batch-size must be above 0")
-    name = args.peer or "_".join(["ours", *args.constants])
+    batch = f"_batch{args.batch_size}" if args.batch_size else ""
+    name = args.peer + batch if args.peer else "_".join(["ours", *args.constants])
     script_unet.SEED = args.seed
     # In the results' folder, wherever script_unet.py's own runs go
     script_unet.CHECKPOINT_PREFIX = "fashion_mnist_diffusion"
-    script_unet.PICTURE_DIR = "epoch_visualizations"
+    script_unet.PICTURE_DIR = "." if args.peer else "epoch_visualizations"
     changeable = {*script_unet.ALLOWED, "DATA_DIR", "SYSTEM_DATA_DIR"} - {
         "SEED", "EPOCHS", "RESUME"}
     try:
@@ -117,53 +169,18 @@ def main():
     plain = re.sub(r"[^\w.=(),-]+", "-", name)   # of VALUE, what a folder's name may have
     folder = args.output or evaluate.CACHE / f"ten_minutes_{plain}_seed{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.rglob("*.pt*")) or (folder / "figures.json").exists():
-        sys.exit(f"{folder} holds an earlier run: move it away, or choose another with --output")
 
     script_unet.keep_freed_memory()
     device = script_unet.pick_device()
-    images, original_labels = (part.to(device) for part in evaluate.real_images("train"))
-    heldout = [part.to(device) for part in evaluate.real_images("test")]
-    labels = torch.arange(10).repeat_interleave(args.samples)
-    if script_unet.BATCH_SIZE > len(images):
-        parser.error(f"BATCH_SIZE must be at most {len(images)}, got {script_unet.BATCH_SIZE}")
-    torch.manual_seed(args.seed)
-    peer = peers.PEERS[args.peer](device) if args.peer else None
-    with torch.random.fork_rng():   # the peer's random numbers stay as they were
-        # Now, as it may fail, or train the classifier
-        reals = evaluate.evaluate_real(args.samples, args.classifier_seed)
-    print(f"{name}, seed {args.seed}, {device}, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}, "
-          + (f"{peer.version()}, fp32" if peer else
-             f"{script_unet.precision(device)}; constants {changed}"))
-    if peer:
-        print(f"{peer.parameters():,} parameters")
-        train_peer(peer, images, original_labels, args.seconds, args.batch_size or peer.batch_size)
-        # Before it samples, which may take hours
-        torch.save({part: module.state_dict() for part, module in vars(peer).items()
-                    if isinstance(module, nn.Module)}, folder / "peer.pt")
-        draw = peer.sample
-        asked = labels if peer.conditional else None
-    else:
-        with contextlib.chdir(folder), script_unet.hold_folder():
-            checkpoint = train_ours(images, original_labels, heldout, args.seconds)
-        model, asked = script_unet.load_denoiser(checkpoint), labels
-
-        def draw(labels):
-            return script_unet.to_uint8(script_unet.sample(model, labels)).cpu()
-
-    start = time.perf_counter()
-    samples = draw(labels)
-    seconds = time.perf_counter() - start
-    evaluate.save_picture(samples, folder / "samples.png")
-    torch.save(samples, folder / "samples.pt")
-    figures = evaluate.evaluate(samples, asked, args.classifier_seed)
-    judge = evaluate.load_classifier(args.classifier_seed).name
-    (folder / "figures.json").write_text(json.dumps(
-        {"name": name, "figures": figures, "real": reals, "classifier": judge, "seed": args.seed,
-         "seconds": args.seconds, "constants": None if peer else changed}, indent=1))
-    print(f"{name}: {len(samples):,} samples drawn in {seconds:.1f} s, see {folder}/samples.png")
-    evaluate.print_table(figures, reals, judge)
+    train, test = ([part.to(device) for part in evaluate.real_images(split)]
+                   for split in ("train", "test"))  # now: their folder may be a relative one
+    if script_unet.BATCH_SIZE > len(train[0]):
+        parser.error(f"BATCH_SIZE must be at most {len(train[0])}, got {script_unet.BATCH_SIZE}")
+    with contextlib.chdir(folder), script_unet.hold_folder():
+        if any(Path().rglob("*.pt*")) or Path("figures.json").exists():
+            sys.exit(f"{folder} holds an earlier run: move it away, or choose another with "
+                     "--output")
+        measure(args, name, changed, device, train, test)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import functools
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -201,9 +202,6 @@ def main():
         parser.error(f"--epochs must be 8 or more, got {args.epochs}")
     if len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--seeds must differ, got {args.seeds}")
-    for path in (Path(f"trial_seed{seed}_last.pt") for seed in args.seeds):
-        if path.exists():
-            sys.exit(f"{path.absolute()} is of an earlier run: move it away")
     script_unet.keep_freed_memory()
     device = script_unet.pick_device()
     images, labels = (part.to(device) for part in script_unet.load_fashion_mnist("train"))
@@ -211,8 +209,11 @@ def main():
         sys.exit(f"BATCH_SIZE must be at most {len(images) // 3}, got {script_unet.BATCH_SIZE}")
     heldout = [part.to(device) for part in script_unet.load_fashion_mnist("test")]
     trials = [Trial(seed, images, labels) for seed in args.seeds]
-    diverged = False
+    failed, script_unet.PICTURE_DIR, script_unet.CHECKPOINT_PREFIX = False, ".", "trial"
     with script_unet.hold_folder():     # which may not be writable, or be another run's
+        for path in (Path(f"trial_seed{seed}_last.pt") for seed in args.seeds):
+            if path.exists():
+                sys.exit(f"{path.absolute()} is of an earlier run: move it away")
         train(trials)
         for trial in trials:
             loss = script_unet.heldout_loss(trial.trainer.average, *heldout)["loss"]
@@ -222,10 +223,10 @@ def main():
                 script_unet.check_loss(loss)
                 trial.trainer.save("last")
                 print(f"seed {trial.seed}: held out {loss:.5f}, {path}")
-            except script_unet.UserError as error:  # one that diverged does not lose the others
-                print(f"seed {trial.seed}: {str(error).split(';')[0]}, so not saved")
-                diverged = True
-    if diverged:
+            except script_unet.UserError as error:  # of one, does not lose the others
+                print(f"seed {trial.seed}: {re.split('[;,]', str(error))[0]}, so not saved")
+                failed = True
+    if failed:
         sys.exit(1)
 
 
