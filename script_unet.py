@@ -19,7 +19,7 @@ walks back from pure noise. x_start: a clean image, float (B, 1, H, W) in [-1, 1
 [10] Karras et al., Guiding a Diffusion Model with a Bad Version of Itself, arXiv:2406.02507
 [11] Liu et al., A ConvNet for the 2020s (separable blocks), arXiv:2201.03545
 """
-import contextlib, copy, ctypes, functools, gc, glob, gzip, hashlib, io, math, os, platform
+import contextlib, copy, ctypes, filecmp, functools, gc, glob, gzip, hashlib, io, math, os, platform
 import shutil, signal, sys, tempfile, time, zipfile, zlib
 from pathlib import Path
 
@@ -138,7 +138,8 @@ def find_data():
         with tempfile.TemporaryDirectory(dir=raw, prefix=".download-") as aside:
             FashionMNIST(aside, download=True)  # checks MD5 sums
             for file in Path(aside, "FashionMNIST", "raw").iterdir():
-                if (old := raw / file.name).exists(): os.replace(old, f"{old}.1")   # perhaps yours
+                old = raw / file.name   # if it differs, it may be yours, and is kept
+                if old.exists() and not filecmp.cmp(old, file, False): shutil.copy(old, f"{old}.1")
                 os.replace(file, old)
     except Exception as error:  # urllib's, ssl's, ImportError, OSError or RuntimeError
         raise UserError(f"Fashion-MNIST not found: tried {', '.join(tried)} and a download into "
@@ -153,7 +154,7 @@ def load_fashion_mnist(split, folder=None):
     if images.shape[1:] != (28, 28):
         raise bad_data(paths[0], f"holds {images.shape}, not 28 x 28 images")
     if labels.shape != images.shape[:1] or labels.max(initial=0) >= NUM_CLASSES:
-        raise bad_data(paths[1], f"must count {len(images)} labels below {len(CLASS_NAMES)=}")
+        raise bad_data(paths[1], f"must count {len(images)} labels below {NUM_CLASSES=}")
     images, labels = torch.tensor(images)[:, None], torch.tensor(labels, dtype=torch.long)
     if IMG_SIZE != 28:
         images = torch.cat([F.interpolate(part.float(), (IMG_SIZE, IMG_SIZE), mode="bilinear",
@@ -455,8 +456,7 @@ def by_noise_level(losses, t, T):
     """(2, 3) sums and counts of the losses (B,) in each third of the steps t (B,)."""
     level = F.one_hot(t * 3 // T, 3).float()
     return torch.stack([losses.detach() @ level, level.sum(0)])
-def mean_losses(sums):
-    """by_noise_level's sums as {"loss": ..., "early": ..., "middle": ..., "late": ...}."""
+def mean_losses(sums):  # by_noise_level's, {"loss": ..., "early": ..., "middle": ..., "late": ...}
     total, count = torch.cat([sums.sum(1, keepdim=True), sums], dim=1)
     return dict(zip(("loss", *NOISE_LEVELS), (total / count).tolist()))
 
@@ -546,7 +546,7 @@ def draw_losses(history):
     save_figure(figure, "training_loss.png")
 
 # ---- Checkpoints -------------------------------------------------------------------------------
-TRAINED = ("model", "average", "guide", "muon", "adamw")  # three models and their two optimizers
+TRAINED = ("model", "average", "guide", "muon", "adamw")  # three models, and the first's optimizers
 def checkpoint_path(what):  # "last", "best_model" or "epoch_10"
     return Path(f"{CHECKPOINT_PREFIX}_{what}.pt")
 def find_checkpoints(whats=("last", "best_model", *("epoch_" + "[0-9]" * n for n in range(1, 8)))):
@@ -878,7 +878,7 @@ def main():
             sys.exit(128 + number)  # at once; so when asked twice, but torchrun repeats Ctrl-C
         stop.append(number)
         if not RANK and os.isatty(2): os.write(2, b"\nstopping when this is done and saved\n")
-    with torch.random.fork_rng([]), contextlib.ExitStack() as stack:    # a caller's draws go on
+    with torch.random.fork_rng([]), contextlib.ExitStack() as stack:  # a caller's CPU draws go on
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()) if RANK else hold_folder())
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):  # old handlers come back at the end

@@ -149,7 +149,7 @@ BROKEN = [
     ("labels", lambda data: (RAW / FILES["images"]).read_bytes(), "count"),
     ("labels", lambda data: (RAW / FILES["test labels"]).read_bytes(), "count"),
     ("labels", lambda data: gzip.compress(gzip.decompress(data)[:-1] + b"\12"),
-     "below len(CLASS_NAMES)=10")]
+     "below NUM_CLASSES=10")]
 
 
 def test_file_that_cannot_be_read_is_not_only_to_be_deleted(raw):
@@ -216,8 +216,11 @@ def test_download_replaces_the_four_files_and_nothing_else(places):
     assert find_data() == places[0] and all(path.exists() for path in mine)
     for path in RAW.iterdir():
         assert (places[0] / path.name).read_bytes() == path.read_bytes()
-    # It may have been of other data
-    assert (places[0] / f"{FILES['images']}.1").read_bytes() == b"old"
+    # It may have been of other data; the others were the same
+    assert [path.read_bytes() for path in places[0].glob("*.1")] == [b"old"]
+    (places[0] / FILES["labels"]).unlink()
+    find_data()
+    assert (places[0] / f"{FILES['images']}.1").read_bytes() == b"old"      # not lost later
 
 
 def test_second_run_downloads_nothing(places, monkeypatch):

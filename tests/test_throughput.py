@@ -87,8 +87,12 @@ def test_ten_minutes_write_to_their_folder_alone_and_say_which_constants_were_ch
     with pytest.raises(SystemExit, match="results holds an earlier run"):
         ten_minutes.main()
     monkeypatch.setattr(ten_minutes, "train_ours", lambda *_args: tiny.check_loss(float("nan")))
-    monkeypatch.setattr("sys.argv", ["ten_minutes.py", "--output", "others"])
+    monkeypatch.setattr("sys.argv", ["ten_minutes.py", "--output", "of (1, 2)"])
     with pytest.raises(SystemExit, match=r"\(loss nan\): begin anew, with another --output"):
+        ten_minutes.main()
+    Path("of (1, 2)", "a").mkdir()
+    monkeypatch.setattr(ten_minutes, "train_ours", lambda *_args: tiny.atomic_write("a", b"b"))
+    with pytest.raises(SystemExit, match=r"cannot write .*of \(1, 2\)/a \(Is a.*\): begin anew"):
         ten_minutes.main()
 
 

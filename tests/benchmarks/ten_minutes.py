@@ -107,7 +107,7 @@ def measure(args, name, changed, device, train, test):
         try:
             checkpoint, trained = train_ours(*train, test, args.seconds)
         except script_unet.UserError as error:  # its advice is for runs that can be resumed
-            sys.exit(f"{re.split('[;,]', str(error))[0]}: begin anew, with another --output")
+            sys.exit(f"{re.split('; |, an old', str(error))[0]}: begin anew, with another --output")
         model, asked = script_unet.load_denoiser(checkpoint), labels
 
         def draw(labels):

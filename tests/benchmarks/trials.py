@@ -224,7 +224,7 @@ def main():
                 trial.trainer.save("last")
                 print(f"seed {trial.seed}: held out {loss:.5f}, {path}")
             except script_unet.UserError as error:  # of one, does not lose the others
-                print(f"seed {trial.seed}: {re.split('[;,]', str(error))[0]}, so not saved")
+                print(f"seed {trial.seed}: {re.split('; |, an old', str(error))[0]}, so not saved")
                 failed = True
     if failed:
         sys.exit(1)
