@@ -195,7 +195,7 @@ def test_loss_picture_can_be_read_off_it_has_decimals_whole_epochs_and_the_last_
             assert list(line.get_xdata()) == list(range(1, epochs + 1))
 
 
-@pytest.mark.parametrize("steps, seconds", [(22, 4.2), (100, 7), (300, 8)])
+@pytest.mark.parametrize("steps, seconds", [(22, 4.2), (100, 7), (250, 7), (300, 8)])
 def test_gif_of_many_steps_stays_short(tiny, monkeypatch, steps, seconds):
     for name, value in (("NUM_DIFFUSION_STEPS", steps), ("SAMPLING_STEPS", steps),
                         ("PICTURE_COLUMNS", 2)):

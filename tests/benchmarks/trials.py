@@ -223,7 +223,7 @@ def main():
                 script_unet.check_loss(loss)
                 trial.trainer.save("last")
                 print(f"seed {trial.seed}: held out {loss:.5f}, {path}")
-            except script_unet.UserError as error:  # of one, does not lose the others
+            except script_unet.UserError as error:  # one's does not lose the others
                 print(f"seed {trial.seed}: {re.split('; |, an old', str(error))[0]}, so not saved")
                 failed = True
     if failed:
