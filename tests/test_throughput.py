@@ -38,6 +38,41 @@ def test_timed_steps_are_training_steps_of_one_epoch_after_another(
         assert optimizer.param_groups[0]["lr"] == 0
 
 
+def test_contenders_take_turns_and_the_table_has_medians_and_the_rounds_own_ratios(
+        tiny, monkeypatch, capsys):
+    rates = {"ours": iter([100, 400, 300]), "diffusers": iter([10, 10, 20])}
+    turns, built = [], []
+
+    class Process:      # in place of a real one
+        def __init__(self, *_args):
+            pass
+
+        def submit(self, function, *args):
+            if function is throughput.set_up:
+                built.append(args)
+                self.name, result = args[0], (1234, args[0])
+            else:
+                turns.append(self.name)
+                result = next(rates[self.name])
+            return SimpleNamespace(result=lambda: result)
+
+        def shutdown(self):
+            pass
+
+    for name, value in (("ProcessPoolExecutor", Process), ("MATRIX_SIZE", 8), (
+            "rate", lambda *_args: turns.append("product") or 1e12)):
+        monkeypatch.setattr(throughput, name, value)
+    monkeypatch.setattr(tiny, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr("sys.argv", ["throughput.py", "--rounds", "3", "--peers", "diffusers",
+                                     "--peer-batch-size", "64"])
+    throughput.main()
+    assert built == [("ours", True, 64), ("diffusers", False, 64)]      # allocator: ours alone
+    assert turns == ["ours", "product", "diffusers"] * 3
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "1,234" in line]
+    assert rows == [["ours", "fp32", "1,234", "300", "1.0", "1.0", "to", "1.0"],
+                    ["diffusers", "fp32", "1,234", "10", "15.0", "10.0", "to", "40.0"]]
+
+
 @pytest.mark.parametrize("seconds, epochs", [(4.5, 2), (0.1, 1)])
 def test_ten_minutes_are_as_many_whole_epochs_as_fit_by_the_measured_rate(
         tiny, monkeypatch, pictures, seconds, epochs):
@@ -54,8 +89,7 @@ def test_ten_minutes_are_as_many_whole_epochs_as_fit_by_the_measured_rate(
 def test_ten_minutes_write_to_their_folder_alone_and_say_which_constants_were_changed(
         tiny, monkeypatch, tmp_path):
     for name, value in (("CHECKPOINT_PREFIX", str(tmp_path / "long")), ("SAMPLING_ETA", 0.5),
-                        ("PICTURE_DIR", str(tmp_path / "long_pictures")),
-                        ("SEED", 0)):       # which main() sets: to be set back at the end
+                        ("PICTURE_DIR", str(tmp_path / "long_pictures"))):
         monkeypatch.setattr(tiny, name, value)
     images = torch.zeros(600, 1, 28, 28).byte(), torch.arange(600) % 10
     for name, value in (("real_images", lambda _split: images), ("evaluate_real", lambda *_: []),

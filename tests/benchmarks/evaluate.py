@@ -90,6 +90,8 @@ def cached(name, compute):
             beside.unlink(missing_ok=True)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError) as error:     # it may be whole
+        sys.exit(f"{path} cannot be read ({error})")
     except Exception as error:  # torch.load raises whatever the bytes suggest to it
         sys.exit(f"{path} cannot be read ({error}): delete it, and it is made anew")
 
@@ -244,7 +246,7 @@ def frechet(real, generated):
     """
     network = nn.Identity()
     network.num_features = real.shape[1]
-    metric = FrechetInceptionDistance(network)  # keeps its sums in the float64 that it is fed
+    metric = FrechetInceptionDistance(network)  # its result is of the type that it is fed
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     return metric.compute().item()
@@ -408,7 +410,8 @@ def main():
             sys.exit(f"{args.guide} has another noise schedule than {args.checkpoint}")
         classes = guide.class_embedding.weight
         told = 0.2 * bool(script_unet.LABEL_DROPOUT)    # as finish_average() tells a run's own now
-        classes[:-1].lerp_(classes[-1], told if args.guide_dropout is None else args.guide_dropout)
+        told = told if args.guide_dropout is None else args.guide_dropout
+        classes[:-1].lerp_(classes[-1], told)
         model.guide = (guide,)
     reals = evaluate_real(args.samples, args.classifier_seed)   # now: it may fail, or take minutes
     labels = torch.arange(10).repeat_interleave(args.samples)
@@ -419,7 +422,8 @@ def main():
           f"{script_unet.SEED}, guidance {script_unet.guidance(model):.3f}, "
           f"{min(script_unet.SAMPLING_STEPS, len(model.abar))} steps, "
           f"{script_unet.precision(model.abar.device)}, drawn in {seconds:.1f} s; constants "
-          f"{changed_constants(DRAWN_WITH, model.constants)}")
+          f"{changed_constants(DRAWN_WITH, model.constants)}"
+          + (f"; its guide is told {told:g} of the null class" if guide else ""))
     print_table(evaluate(images, labels, args.classifier_seed), reals,
                 load_classifier(args.classifier_seed).name)
     if picture:
@@ -429,5 +433,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except script_unet.UserError as error:
+    except (script_unet.UserError, OSError) as error:   # an OSError names its file, too
         sys.exit(str(error))

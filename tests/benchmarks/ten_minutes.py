@@ -9,8 +9,9 @@ least one, as by a trial of 110 seconds fit into the time (what is left over may
 epoch, and the run a tenth faster or slower than the trial), or one of the peers in peers.py by
 its published recipe until the time is up; the peers have keep_freed_memory() as well.
 Then samples it, prints evaluate.py's table and saves figures.json, the samples and, of a peer,
-peer.pt. Only training steps count as training time: what script_unet.py does between epochs
-(averages' statistics, held-out loss, pictures, checkpoints) is added apart.
+peer.pt. Only training steps count as training time (with what they do to make the guide): what
+script_unet.py does between epochs (averages' statistics, held-out loss, pictures, checkpoints) is
+added apart.
 """
 
 import argparse
@@ -91,10 +92,10 @@ def measure(args, name, changed, device, train, test):
     with torch.random.fork_rng():   # the peer's random numbers stay as they were
         # Now, as it may fail, or train the classifier
         reals = evaluate.evaluate_real(args.samples, args.classifier_seed)
-    print(f"{name}, seed {args.seed}, {device}, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}, "
-          + (f"{peer.version()}, fp32" if peer else
-             f"{script_unet.precision(device)}; constants {changed}"), flush=True)
+    machine = (f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+               + (f"{peer.version()}, fp32" if peer else script_unet.precision(device)))
+    print(f"{name}, seed {args.seed}, {machine}" + ("" if peer else f"; constants {changed}"),
+          flush=True)
     if peer:
         print(f"{peer.parameters():,} parameters")
         trained = train_peer(peer, *train, args.seconds, args.batch_size or peer.batch_size)
@@ -116,13 +117,13 @@ def measure(args, name, changed, device, train, test):
     start = time.perf_counter()
     samples = draw(labels)
     seconds = time.perf_counter() - start
-    evaluate.save_picture(samples, "samples.png")
     torch.save(samples, "samples.pt")
+    evaluate.save_picture(samples, "samples.png")
     figures = evaluate.evaluate(samples, asked, args.classifier_seed)
     judge = evaluate.load_classifier(args.classifier_seed).name
     Path("figures.json").write_text(json.dumps(
         {"name": name, "figures": figures, "real": reals, "classifier": judge, "seed": args.seed,
-         "seconds": args.seconds, "trained": trained, "package": peer.version() if peer else None,
+         "seconds": args.seconds, "trained": trained, "machine": machine, "drawn in": seconds,
          "constants": None if peer else changed}, indent=1))
     print(f"{name}: {len(samples):,} samples drawn in {seconds:.1f} s, see "
           f"{Path('samples.png').absolute()}")
@@ -186,5 +187,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except script_unet.UserError as error:
+    except (script_unet.UserError, OSError) as error:   # an OSError names its file, too
         sys.exit(str(error))

@@ -8,8 +8,8 @@ peers in those of the course that one of the models is from (--peer-batch-size).
 process of its own, as its users run it: ours with keep_freed_memory(), which main() calls, the
 peers with the allocator as it is, or with --keep-freed-memory like ours. They take turns, A B C D
 A B C D ..., so that a machine that slows down slows all of them: a ratio is the median of the
-rounds' ratios, and their range shows whether other work disturbed them. Each round also times a
-matrix product, to say what share of the machine's arithmetic the training reaches.
+rounds' ratios, and their range shows whether other work disturbed them. A matrix product is timed
+after each turn of ours, to say what share of the machine's arithmetic the training reaches.
 """
 
 import argparse
@@ -141,8 +141,9 @@ def main():
     for number in range(args.rounds):
         for name, (*_, process) in entries.items():
             rates[name].append(process.submit(turn, args.seconds).result())
-        products.append(rate(product, args.seconds / 5, device))
-        shares.append(3 * flops * rates["ours"][-1] / products[-1])
+            if name == "ours":
+                products.append(rate(product, args.seconds / 5, device))
+                shares.append(3 * flops * rates["ours"][-1] / products[-1])
         print(f"round {number + 1} of {args.rounds}: " + ", ".join(
             f"{name} {values[-1]:.0f}" for name, values in rates.items()) + " images/s", flush=True)
 
