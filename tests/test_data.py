@@ -1,5 +1,6 @@
 """Reading, finding and downloading the data; every fault is one clear UserError."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -7,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -269,11 +271,14 @@ def test_interrupted_download_is_made_good_by_the_next_run(places, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *_args, **_kwargs: None)  # as kill -9 would
+        patch.setattr(tempfile, "TemporaryDirectory", lambda **options: (
+            contextlib.nullcontext(tempfile.mkdtemp(**options))))   # kill -9 tidies nothing up
         patch.setattr(FashionMNIST, "download", half)
         with pytest.raises(KeyboardInterrupt):
             find_data()
     assert find_data() == places[0]
+    for path in RAW.iterdir():
+        assert (places[0] / path.name).read_bytes() == path.read_bytes()
 
 
 def test_folder_that_may_not_be_searched_is_passed_over(places, monkeypatch):

@@ -245,7 +245,7 @@ def test_killed_worker_ends_the_job_and_one_process_goes_on_as_if_it_had_been_al
         folder.mkdir()
     status, _, err = run_two(folders[1], *lines, "kill_at(9, 1)")
     assert status not in (0, None)
-    assert "lost another" in err and "run the same command again" in err
+    assert "lost another" in err and "run the same command again" in err, err
     assert read_checkpoint(checkpoint("last", folders[1]))["progress"]["epoch"] == 1
     for folder, resuming in zip(folders, (False, True)):
         status, out, err = run(folder, *lines)
