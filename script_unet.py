@@ -1,7 +1,7 @@
 """Train a class-conditional denoising diffusion model on Fashion-MNIST, in one file.
 
-Edit the constants, run `python script_unet.py`, open the PNGs: two cores of an AMX Xeon take 2.3 h,
-11 min with EPOCHS = 14, after which a classifier recognises the clothes as often as real ones.
+Edit the constants, run `python script_unet.py`, open the PNGs. Two cores take 1.3 to 3 h in bf16, 5
+to 10 in fp32; with EPOCHS = 14 a tenth, and a classifier recognises clothes as often as real ones.
 
 An image is mixed with ever more noise in T steps; a network learns to tell the two apart; sampling
 walks back from pure noise. x_start: a clean image, float (B, 1, H, W) in [-1, 1]; t (B,): a step, 0
@@ -38,8 +38,8 @@ from tqdm.auto import tqdm
 # Training
 EPOCHS = 150                # passes over the training images; after 14, patterns are still vague
 BATCH_SIZE = 256            # images per optimizer step; a CPU is 15% faster with 256 than with 128
-LEARNING_RATE = 2.8e-3      # AdamW's, times min(1, sqrt(20 / EPOCHS)); falls to 0, see Trainer.step
-MUON_LEARNING_RATE = 0.028  # Muon's [9], at Jordan's scale, likewise; for kernels of 16+ channels
+LEARNING_RATE = 2.8e-3      # AdamW's; less in runs above 20 epochs; falls to 0, see Trainer.step
+MUON_LEARNING_RATE = 0.028  # Muon's [9], Jordan's scale, likewise; for kernels 16+ wide in and out
 WARMUP_STEPS = 100          # learning rates rise over these steps, while running averages settle
 WEIGHT_DECAY = 0.1          # each step shrinks all weights by this times the learning rate
 GRADIENT_CLIP = 1.0         # largest L2 norm of the whole gradient; a safeguard, hardly ever met
@@ -78,10 +78,10 @@ CHECKPOINT_PREFIX = "fashion_mnist_diffusion"  # what the checkpoints' paths sta
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
                "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 NUM_CLASSES = len(CLASS_NAMES)  # labels 0 ... 9; label 10 is the null class: any of them
+USUAL_EPOCH = 234  # updates, as 60,000 images in batches of 256: rates and guidance count in these
 FORMAT = 5  # of the checkpoints, raised when weights of an older version no longer fit
-MODEL_CONSTANTS = ("FORMAT", "IMG_SIZE", "NUM_CLASSES", "PATCH_SIZE", "CHANNELS", "BLOCKS",
-                   "EMBEDDING_DIM", "ATTENTION_HEAD_DIM", "NUM_DIFFUSION_STEPS", "BETA_SCHEDULE",
-                   "BETA_START", "BETA_END")  # fixed by training
+MODEL_CONSTANTS = """FORMAT IMG_SIZE NUM_CLASSES PATCH_SIZE CHANNELS BLOCKS EMBEDDING_DIM
+    ATTENTION_HEAD_DIM NUM_DIFFUSION_STEPS BETA_SCHEDULE BETA_START BETA_END""".split()
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes; RANK: this one's number (torchrun)
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # other launchers may set it alone
 
@@ -99,7 +99,6 @@ def generator(*keys):
     """A torch.Generator, on the CPU, for the stream that the keys name, e.g. "order", SEED, 17."""
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-
 def pick_device():  # not MPS: wrong channels_last gradients (pytorch issues 107214, 175189)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -156,9 +155,7 @@ def load_fashion_mnist(split, folder=None):
     if labels.shape != images.shape[:1] or labels.max(initial=0) >= NUM_CLASSES:
         raise bad_data(paths[1], f"must count {len(images)} labels below {NUM_CLASSES=}")
     images, labels = torch.tensor(images)[:, None], torch.tensor(labels, dtype=torch.long)
-    if IMG_SIZE != 28:
-        images = torch.cat([F.interpolate(part.float(), (IMG_SIZE, IMG_SIZE), mode="bilinear",
-                            antialias=True).round().byte() for part in images.split(5000)])
+    if IMG_SIZE != 28: images = F.interpolate(images, IMG_SIZE, mode="bilinear", antialias=True)
     return images, labels
 
 def to_float(images):  # 0 ... 255 to -1 ... 1
@@ -302,7 +299,7 @@ class FashionMNISTUNetDenoiser(nn.Module):
         self.constants = c = model_constants(constants)
         channels, blocks, dim = c["CHANNELS"], c["BLOCKS"], c["EMBEDDING_DIM"]
         self.register_buffer("abar", alphas_cumprod(c), persistent=False)
-        self.register_buffer("epochs", torch.tensor(0))  # of training; see guidance()
+        self.register_buffer("epochs", torch.tensor(0))  # trained, usual ones; see guidance()
         self.guide = (self,)  # itself, or a weaker model for guidance; a tuple: not a submodule
         self.time_mlp = nn.Sequential(nn.Linear(64, dim), nn.Hardswish(), nn.Linear(dim, dim))
         self.class_embedding = nn.Embedding(c["NUM_CLASSES"] + 1, dim)
@@ -380,7 +377,7 @@ def diffusion_loss(model, x_start, t, labels, noise):
 
 # ---- Sampling ----------------------------------------------------------------------------------
 def guidance(model):
-    """GUIDANCE_SCALE or, for 0, by the epochs trained, as long runs need less: 8: 2.8; 150: 1.5."""
+    """GUIDANCE_SCALE or, for 0, by usual epochs trained, as more need less: 8: 2.8; 150: 1.5."""
     return GUIDANCE_SCALE or 1.43 + 11 / max(8, model.epochs.item())
 
 @torch.no_grad()
@@ -406,7 +403,7 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     def predict(net, x_t, t):  # x_start (N, 1, H, W)
         return torch.cat([predict_x_start(net, x, torch.full_like(y, t), y) for x, y in zip(
             x_t.split(batch_size), labels.split(batch_size))]).clamp(-1, 1)
-    x_t, s, scale = fresh_noise(), None, guidance_scale or guidance(model)  # s: the t before this
+    x_t, before, scale = fresh_noise(), None, guidance_scale or guidance(model)
     u = np.linspace(1, 0, min(steps, T))                    # t / (T - 1), from noise to image
     u += (1 - len(u) / T) * u * (1 - u) * (2 * u - 1)       # denser at both ends, unless all T
     visited = (u * (T - 1)).round().astype(int).tolist()
@@ -416,12 +413,13 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
         if scale != 1:
             x_start = torch.lerp(predict(model.guide[0], x_t, t), x_start, scale).clamp(-1, 1)
         estimate = x_start                                          # (N, 1, H, W)
-        if s is not None and eta < 1:
+        if before and eta < 1:
+            s, x_s, start_s = before                                # of the step before t
             if eta == 0:  # [6] UniC-1: the step from s to t again, now with both ends' x_start
                 x_t, _ = posterior((start_s + x_start) / 2, x_s, abar[s], abar[t], 0)
             ratio = (lam[t_next] - lam[t]) / (lam[t] - lam[s])      # last step: 0, first order
             estimate = x_start + ratio / 2 * (x_start - start_s)    # [6] algorithm 2, linear in lam
-        s, x_s, start_s = t, x_t, x_start                           # kept for the next step
+        before = t, x_t, x_start                                    # kept for the next step
         x_t, std = posterior(estimate, x_t, abar[t], abar[t_next], eta)
         x_t = x_t + std * fresh_noise() if std > 0 else x_t
     cloth = (127.5 * x_start + 127).clamp(0, 1)     # 0 up to gray level 0.5 (black), 1 from 1.5 on
@@ -463,11 +461,12 @@ def mean_losses(sums):  # by_noise_level's, {"loss": ..., "early": ..., "middle"
 @torch.no_grad()
 def heldout_loss(model, images, labels, batch_size=500):
     """mean_losses of the model on T or more uint8 images, each with its fixed step and noise."""
-    t = (torch.arange(len(images)) % len(model.abar)).to(images.device)
+    T, sums = len(model.abar), 0
+    t = (torch.arange(len(images)) % T).to(images.device)
     noise = torch.randn(images.shape, generator=generator("held out")).to(images.device)
-    batches = zip(*(part.split(batch_size) for part in (images, t, labels, noise)))
-    return mean_losses(sum(by_noise_level(diffusion_loss(model, to_float(x), s, y, n), s,
-                                          len(model.abar)) for x, s, y, n in batches))
+    for x, s, y, n in zip(*(part.split(batch_size) for part in (images, t, labels, noise))):
+        sums = sums + by_noise_level(diffusion_loss(model, to_float(x), s, y, n), s, T)
+    return mean_losses(sums)
 
 # ---- Pictures ----------------------------------------------------------------------------------
 def atomic_write(path, data):
@@ -499,7 +498,7 @@ def mosaic(images, columns, gap=2):
 def draw_classes(images, names, title, path):
     """Save images (N, 1, H, W), a row per class, on a fixed gray scale, with names of columns."""
     columns, cell = len(names), images.shape[-1] + 2                # with mosaic's gap
-    figure = Figure((max(6.4, 1.8 + 0.62 * columns), 1.1 + 0.6 * NUM_CLASSES), layout="constrained")
+    figure = Figure((1.8 + 0.68 * max(7, columns), 1.1 + 0.67 * NUM_CLASSES), layout="constrained")
     axes = figure.add_subplot(title=title)
     axes.imshow(mosaic(images, columns), cmap="gray", vmin=0, vmax=255, interpolation="nearest",
                 origin="upper", aspect="equal")     # whatever a user's style says
@@ -588,7 +587,7 @@ def newest_checkpoint(constants):
             state = read_checkpoint(path)
             if (step := state["progress"]["step"]) > last: last, newest, found = step, path, state
         except UserError as error:
-            if isinstance(error.__cause__, (OSError, MemoryError)): raise   # it may be whole
+            if isinstance(e := error.__cause__, (OSError, MemoryError)) or "memory" in str(e): raise
             aside = next(new for i in range(1, 9999) if not (new := Path(f"{path}.{i}")).exists())
             path.rename(aside)
             say(f"{error}: {path} is kept as {aside}")
@@ -630,13 +629,14 @@ class InFloat32(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0] if function is torch.Tensor.bfloat16 else function(*args, **kwargs or {})
 
+def guide_step(count):  # the update that the guide stays at, of a run on so many images
+    return max(1, min(3 * USUAL_EPOCH, 3 * EPOCHS * (count // BATCH_SIZE) // 8))
 def finish_average(trainer, images, labels):
-    """Make the averaged weights ready for sample(). Up to epoch 3 (to 3/8 of runs below 8 epochs)
-    the guide is a new copy, its classes a fifth nearer to a trained null class; then it is kept."""
+    """Make the averaged weights ready for sample(). Up to guide_step() the guide is a new copy,
+    its classes a fifth nearer to a trained null class; then it is kept, and stays the weaker."""
     refresh_batch_norm(trainer.average, images, labels)
-    done = trainer.progress["epoch"] + trainer.progress["position"] / len(images)
-    trainer.average.epochs.fill_(math.ceil(done))
-    if done <= min(3, 3 / 8 * EPOCHS) or not trainer.guide.epochs:
+    trainer.average.epochs.fill_(math.ceil(trainer.progress["step"] / USUAL_EPOCH))
+    if trainer.progress["step"] <= guide_step(len(images)) or not trainer.guide.epochs:
         trainer.guide.load_state_dict(trainer.average.state_dict())
         classes = trainer.guide.class_embedding.weight
         if LABEL_DROPOUT: classes[:-1].lerp_(classes[-1], 0.2)  # weaker: it errs alike, but more
@@ -680,7 +680,7 @@ class Trainer:
 
     def step(self, images, labels):
         """One update, [1] algorithm 1, on the next BATCH_SIZE images (uint8, on the device) of the
-        epoch; what is drawn is a function of SEED, epoch and step. Makes a short run's guide."""
+        epoch; what is drawn is a function of SEED, epoch and step. May make the guide."""
         now, T, device = self.progress, len(self.model.abar), images.device
         batch = epoch_order(SEED, now["epoch"], len(images), device)[now["position"]:][:BATCH_SIZE]
         torch.manual_seed(generator("step", SEED, now["step"]).initial_seed())
@@ -696,8 +696,9 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         for m, k in zip(self.matrices, self.kernels): m.grad = k.grad.movedim(1, 3).flatten(1)
         left = max(0, 1 - (now["epoch"] + now["position"] / len(images)) / EPOCHS)  # of the run
-        factor = min(1, (now["step"] + 1) / WARMUP_STEPS) * min(1, 20 / EPOCHS) ** 0.5
-        factor *= left ** min(2, max(1, EPOCHS / 6))    # on a line up to 6 epochs; from 12 a square
+        length = EPOCHS * (len(images) // BATCH_SIZE) / USUAL_EPOCH     # of the whole run
+        factor = min(1, (now["step"] + 1) / WARMUP_STEPS) * min(1, 20 / length) ** 0.5
+        factor *= left ** min(2, max(1, length / 6))    # a line up to length 6; a square from 12
         for opt in (self.muon, self.adamw):
             opt.param_groups[0].update(lr=factor * opt.defaults["lr"], weight_decay=WEIGHT_DECAY)
             with InFloat32() if precision(device) == "fp32" else contextlib.nullcontext():
@@ -706,8 +707,7 @@ class Trainer:
         now.update(step=now["step"] + 1, position=now["position"] + BATCH_SIZE)
         now["sums"] = now["sums"].to(device) + over_processes(by_noise_level(losses, t, T))
         update_average(self.average, self.model, now["step"])
-        done, ahead = (now["epoch"] + (now["position"] + n) / len(images) for n in (0, BATCH_SIZE))
-        if EPOCHS < 8 and done <= 3 / 8 * EPOCHS < ahead: finish_average(self, images, labels)
+        if now["step"] == guide_step(len(images)): finish_average(self, images, labels)
 
 def finish_epoch(trainer, images, labels, heldout):
     """Judge the averaged weights, draw, log and, last, save."""
@@ -743,7 +743,7 @@ def train(trainer, images, labels, heldout, stop):
     now, per_epoch = trainer.progress, len(images) // BATCH_SIZE * BATCH_SIZE
     with tqdm(total=EPOCHS * per_epoch, initial=now["epoch"] * per_epoch + now["position"],
               unit=" images", smoothing=0, disable=RANK > 0 or not sys.stderr or None) as bar:
-        while now["epoch"] < EPOCHS:
+        while now["epoch"] < EPOCHS or now["position"]:  # an epoch begun is ended, if EPOCHS fell
             began, position = time.perf_counter(), now["position"]
             bar.set_description(f"epoch {now['epoch'] + 1}/{EPOCHS}")
             while now["position"] + BATCH_SIZE <= len(images):
@@ -760,7 +760,7 @@ def train(trainer, images, labels, heldout, stop):
             with bar.external_write_mode():
                 say(f"epoch {now['epoch']}/{EPOCHS}: loss {row['train_loss']:.4f}, held out "
                     f"{row['heldout_loss']:.4f}{best}, {rate:.0f} images/s, {seconds:.0f} s, "
-                    f"{(EPOCHS - now['epoch']) * seconds / 60:.0f} min left")
+                    f"{max(0, EPOCHS - now['epoch']) * seconds / 60:.0f} min left")
             exit_if_asked(trainer, images, labels, stop)
 
 # ---- main --------------------------------------------------------------------------------------

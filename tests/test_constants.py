@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, raising
+from conftest import ROOT, awake, checkpoint, raising, same
 
 import script_unet
 from script_unet import UserError, check_constants, main
@@ -277,6 +277,35 @@ def test_too_little_disk_where_the_checkpoints_go_is_refused_before_training(tin
     with pytest.raises(UserError, match="1 MB free.*CHECKPOINT_EVERY"):
         main()
     assert not list(Path().rglob("*.p[tn]*"))
+
+
+def test_default_run_needs_the_free_disk_that_readme_names(fresh, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(fresh.UserError, match="MB free") as caught:
+        fresh.report(fresh.FashionMNISTUNetDenoiser(), "folder", [], [], fresh.EPOCHS)
+    needed, = re.findall(r"(\d+) needed", str(caught.value))
+    assert f"does not start with less than {int(needed) / 1000:.1f} free" in (
+        ROOT / "README.md").read_text()
+
+
+def test_process_of_another_machine_goes_on_from_the_first_ones_checkpoint(tiny, monkeypatch):
+    first, trained = tiny.Trainer(torch.device("cpu")), []
+    awake(first.model)
+    first.progress.update(step=3, position=300)
+    first.save("last")
+    found = tiny.newest_checkpoint(tiny.model_constants())
+    checkpoint("last").unlink()         # this machine has none
+    without_others(monkeypatch)
+    monkeypatch.setattr(tiny, "RANK", 1)
+    monkeypatch.setattr(tiny.dist, "broadcast_object_list",
+                        lambda objects: objects.__setitem__(0, ("folder", *found)))
+    monkeypatch.setattr(tiny.nn.parallel, "DistributedDataParallel", lambda model: model)
+    monkeypatch.setattr(tiny, "train", lambda trainer, *_: sys.exit(trained.append(trainer)))
+    with pytest.raises(SystemExit):
+        main()
+    assert trained[0].progress["step"] == 3
+    assert same(dict(trained[0].model.state_dict()), dict(first.model.state_dict()))
 
 
 def test_process_that_writes_nothing_needs_no_disk(tiny, monkeypatch):

@@ -329,6 +329,8 @@ def test_image_i_depends_on_seed_and_i_alone(model, eta, scale, monkeypatch):
     assert torch.equal(sample(model, labels, **{**options, "seed": np.arange(6)[-1]}), images)
     same_label = sample(model, [0, 0], **options)
     assert (same_label[0] - same_label[1]).abs().max() > 0.1
+    starts = [frames_of(model, some, **options)[0][0][1] for some in ([3, 5, 8], [0, 0, 0])]
+    assert torch.equal(*starts)     # whatever the classes
 
 
 def test_images_of_neighbouring_seeds_have_no_noise_in_common(model):

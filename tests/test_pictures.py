@@ -195,11 +195,30 @@ def test_loss_picture_can_be_read_off_it_has_decimals_whole_epochs_and_the_last_
             assert list(line.get_xdata()) == list(range(1, epochs + 1))
 
 
+@pytest.mark.parametrize("columns", [2, 10, 30])
+@pytest.mark.parametrize("size", [28, 64])
+def test_every_pixel_of_the_images_is_in_the_picture(tmp_path, size, columns):
+    stripes = torch.ones(10 * columns, 1, size, size)
+    for axis in (2, 3):
+        for stripe in range(0, size, 2):
+            stripes.select(axis, stripe).neg_()     # a chessboard
+    script_unet.draw_classes(stripes, ["j"] * columns, "t", tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as image:
+        gray = np.asarray(image.convert("L")).astype(int)
+    for lines in (gray, gray.T):
+        changes = (abs(np.diff(lines, axis=1)) > 100).sum(1).max()
+        assert changes >= (size - 1) * (columns if lines is gray else 10)
+
+
 @pytest.mark.parametrize("steps, seconds", [(22, 4.2), (100, 7), (250, 7), (300, 8)])
 def test_gif_of_many_steps_stays_short(tiny, monkeypatch, steps, seconds):
-    for name, value in (("NUM_DIFFUSION_STEPS", steps), ("SAMPLING_STEPS", steps),
-                        ("PICTURE_COLUMNS", 2)):
-        monkeypatch.setattr(tiny, name, value)
+    def fake(_model, labels, callback):
+        for t in range(steps - 1, -2, -1):
+            callback(t, images := torch.full((len(labels), 1, 28, 28), t % 2 / 2))
+        return images
+
+    monkeypatch.setattr(tiny, "sample", fake)
+    monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 2)
     generate_visualizations(FashionMNISTUNetDenoiser(), 7, final=True)
     with Image.open("final_fashion_mnist_generation.gif") as gif:
         assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(gif)) == (

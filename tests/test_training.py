@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import gc
+import gzip
 import inspect
 import io
 import itertools
@@ -187,7 +188,8 @@ def test_run_says_what_it_will_do_and_one_line_an_epoch(undisturbed):
     model = FashionMNISTUNetDenoiser({name: TINY[name] for name in TINY if name.isupper()})
     parameters, flops = script_unet.model_size(model)
     for part in ("device     cpu (", f"{torch.get_num_threads()} threads",
-                 "600 training and 200 held-out images", TINY["DATA_DIR"],
+                 "\ndata       600 training and 200 held-out images, "
+                 f"{Path(TINY['DATA_DIR'], 'FashionMNIST', 'raw')}\n",
                  f"{parameters:,} parameters, {flops / 1e6:.1f} MFLOP", "EPOCHS = 3",
                  "CHANNELS = (16, 32)",
                  "training_log.csv", script_unet.PICTURE_DIR):
@@ -274,6 +276,40 @@ def test_a_notebook_may_run_it_in_another_thread(run, monkeypatch):
     with ThreadPoolExecutor(1) as pool:     # where no signal handler can be set
         pool.submit(run).result()
     assert checkpoint("last").exists()
+
+
+def test_run_on_twelve_classes_trains_each_of_them_and_the_null_class(run, monkeypatch, tmp_path):
+    raw = tmp_path / "mine" / "FashionMNIST" / "raw"
+    shutil.copytree(Path(TINY["DATA_DIR"], "FashionMNIST", "raw"), raw)
+    for path in raw.glob("*labels*"):
+        data = bytearray(gzip.decompress(path.read_bytes()))
+        data[8:32] = bytes([10, 11] * 12)
+        path.write_bytes(gzip.compress(data))
+    for name, value in (("NUM_CLASSES", 12), ("CLASS_NAMES", tuple("abcdefghijkl")),
+                        ("DATA_DIR", str(tmp_path / "mine")), ("EPOCHS", 1)):
+        monkeypatch.setattr(script_unet, name, value)
+    trained, loss = set(), script_unet.diffusion_loss
+
+    def watched(model, x_start, t, labels, noise):
+        if torch.is_grad_enabled():
+            trained.update(labels.tolist())
+        return loss(model, x_start, t, labels, noise)
+
+    monkeypatch.setattr(script_unet, "diffusion_loss", watched)
+    run()
+    assert trained == set(range(13))
+    assert sample(load_denoiser(checkpoint("last"), CPU), [11, 12], steps=2).isfinite().all()
+
+
+def test_readme_shows_the_lines_that_a_run_prints(undisturbed):
+    def shapes(text):
+        lines = re.findall(
+            r"(?m)^(?:data .* images|(?:model|training|outputs|epoch|finished) .*)", text)
+        return {re.sub(r"\d(?:[\d,.]*\d)?", "#", line).replace(" (best)", "") for line in lines}
+
+    readme = (ROOT / "README.md").read_text()
+    shown, = re.findall(r"(?s)```\n(device .*?)```", readme)
+    assert shapes(shown) == shapes(undisturbed[1]) and len(shapes(shown)) == 6
 
 
 # Going on
@@ -541,7 +577,9 @@ def test_files_of_other_runs_are_no_checkpoints_of_this_one(run, undisturbed, mo
         assert all(path.exists() for path in others)
 
 
-@pytest.mark.parametrize("error", [PermissionError("not permitted"), MemoryError("too large")])
+@pytest.mark.parametrize("error", [
+    PermissionError("not permitted"), MemoryError("too large"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory")])    # torch's own
 def test_unreadable_checkpoint_ends_the_run_and_stays_in_its_place(
         run, undisturbed, monkeypatch, error):
     path = checkpoint("last")
@@ -614,6 +652,24 @@ def test_finished_run_trains_no_more_until_epochs_is_raised(run, monkeypatch, ca
     run()
     progress = read_checkpoint(checkpoint("last"))["progress"]
     assert progress["epoch"] == 2 and progress["history"][0] == before["progress"]["history"][0]
+
+
+def test_epoch_that_was_begun_is_finished_when_epochs_is_lowered_below_it(
+        run, monkeypatch, capsys):
+    before_step(monkeypatch, STEPS + 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit):
+        run()
+    weights = read_checkpoint(checkpoint("last"))["model"]["class_embedding.weight"]
+    drawn = []
+    monkeypatch.setattr(script_unet, "generate_visualizations", lambda _model, epoch, final=False: (
+        drawn.append((epoch, final))))
+    monkeypatch.setattr(script_unet, "EPOCHS", 1)
+    run()
+    state, said = read_checkpoint(checkpoint("last")), capsys.readouterr().out
+    assert state["progress"]["step"] == 2 * STEPS and len(log_rows()) == 2
+    assert drawn == [(2, False), (2, True)]     # pictures of logged and saved weights
+    assert torch.equal(state["model"]["class_embedding.weight"], weights)   # rates of 0
+    assert ", 0 min left" in said and "finished   2 epochs" in said
 
 
 def test_resume_false_starts_anew_and_keeps_every_older_file(run, undisturbed, monkeypatch):
@@ -982,19 +1038,7 @@ def test_damaged_best_checkpoint_is_replaced_by_the_best_of_what_is_left(run, mo
         assert read_checkpoint(checkpoint("best_model"))["progress"]["epoch"] == best
 
 
-def test_best_checkpoint_that_is_lost_within_an_epoch_has_a_successor_at_once(run, monkeypatch):
-    before_step(monkeypatch, STEPS + 2, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(SystemExit):
-        run()
-    checkpoint("best_model").unlink()
-    before_step(monkeypatch, STEPS + 3, fail)
-    with pytest.raises(RuntimeError, match="power cut"):
-        run()
-    best, last = (read_checkpoint(checkpoint(what)) for what in ("best_model", "last"))
-    assert best["progress"]["best_epoch"] == 1 and same(best["average"], last["average"])
-
-
-def test_successor_of_a_lost_best_checkpoint_is_the_best_even_after_a_crash(run, monkeypatch):
+def test_best_checkpoint_that_is_lost_has_a_successor_at_once_and_after_a_crash(run, monkeypatch):
     plan_heldout_losses(monkeypatch, 0.5, 0.7, 0.6)     # the third is the best of what is left
     before_step(monkeypatch, 2 * STEPS + 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(SystemExit):
@@ -1006,9 +1050,19 @@ def test_successor_of_a_lost_best_checkpoint_is_the_best_even_after_a_crash(run,
             run()
     last = read_checkpoint(checkpoint("last"))["progress"]
     assert (last["best_epoch"], last["best_loss"], last["step"]) == (2, 0.7, 2 * STEPS + 2)
-    assert read_checkpoint(checkpoint("best_model"))["progress"]["best_epoch"] == 2
+    assert same(*(read_checkpoint(checkpoint(what)) for what in ("last", "best_model")))
     run()
     assert read_checkpoint(checkpoint("best_model"))["progress"]["epoch"] == 3
+
+
+@pytest.mark.parametrize("epochs, images, step", [
+    (150, 60_000, 702), (8, 60_000, 702), (7, 60_000, 614), (1, 60_000, 87),
+    (400, 2_000, 702), (100, 2_000, 262), (1, 512, 1)])
+def test_guide_stays_at_702_updates_or_three_eighths_of_a_shorter_run(
+        monkeypatch, epochs, images, step):
+    for name, value in (("EPOCHS", epochs), ("BATCH_SIZE", 256)):
+        monkeypatch.setattr(script_unet, name, value)
+    assert script_unet.guide_step(images) == step
 
 
 @pytest.mark.parametrize("epochs", [8, 14])
@@ -1049,11 +1103,13 @@ def test_guide_of_a_short_run_is_the_average_after_three_eighths_of_it(
     assert guide["epochs"] == step // STEPS + 1
 
 
-def test_run_stopped_near_the_step_of_its_guide_is_resumed_exactly(tiny, run, monkeypatch):
-    monkeypatch.setattr(tiny, "EPOCHS", 2)
-    monkeypatch.setattr(tiny, "BATCH_SIZE", 90)     # 75% of 600 images are five batches: the last
+@pytest.mark.parametrize("epochs, batch_size, numbers", [(2, 90, (3, 4, 5)), (1, 300, (1,))])
+def test_run_stopped_near_the_step_of_its_guide_is_resumed_exactly(
+        tiny, run, monkeypatch, epochs, batch_size, numbers):
+    monkeypatch.setattr(tiny, "EPOCHS", epochs)
+    monkeypatch.setattr(tiny, "BATCH_SIZE", batch_size)
     states = []
-    for number in (None, 4, 5, 6):
+    for number in (None, *numbers):
         monkeypatch.setattr(tiny, "CHECKPOINT_PREFIX", f"stopped_{number}")
         with monkeypatch.context() as patch:
             before_step(patch, number, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -1070,10 +1126,10 @@ def test_batch_size_changed_before_the_guides_step_does_not_leave_it_out(tiny, r
     with pytest.raises(SystemExit):
         run()
     stopped = read_checkpoint(checkpoint("last"))["guide"]
-    monkeypatch.setattr(tiny, "BATCH_SIZE", 200)    # the guide is due after 400 of 600 images
+    monkeypatch.setattr(tiny, "BATCH_SIZE", 50)     # the guide is due after 9 of 24 updates
     run()
     state = read_checkpoint(checkpoint("last"))
-    assert not same(state["guide"], stopped) and state["guide"]["epochs"] == 1
+    assert not same(state["guide"], stopped) and state["guide"]["epochs"] == 2
 
 
 def test_guide_is_made_in_a_run_whose_first_batch_goes_beyond_three_eighths(
@@ -1205,7 +1261,8 @@ def steps_of(tiny, monkeypatch, pictures):
     """A function that trains `count` steps and returns each step's (x_start, t, labels, noise)."""
     def record(count, seed=0, disturb=lambda: None):
         monkeypatch.setattr(tiny, "SEED", seed)
-        monkeypatch.setattr(tiny, "EPOCHS", 8)  # else a guide is made on the way, by more losses
+        monkeypatch.setattr(tiny, "EPOCHS", 100)
+        monkeypatch.setattr(tiny, "USUAL_EPOCH", 100)   # else the guide's losses are among them
         seen, loss, trainer = [], tiny.diffusion_loss, Trainer(CPU)
         with monkeypatch.context() as patch:
             patch.setattr(tiny, "diffusion_loss",
@@ -1302,10 +1359,12 @@ def test_draw_that_rounding_makes_the_whole_batch_is_still_a_step_below_t(
 
 # One step's update
 
-@pytest.mark.parametrize("epochs, share, power", [
-    (5, 1.0, 1), (10, 1.0, 5 / 3), (80, 0.5, 2)])   # four times twenty: half
+@pytest.mark.parametrize("epochs, usual, share, power", [
+    (5, STEPS, 1.0, 1), (10, STEPS, 1.0, 5 / 3), (80, STEPS, 0.5, 2),   # four times twenty: half
+    (80, 10 * STEPS, 1.0, 8 / 6)])      # as few updates as eight usual epochs
 def test_learning_rate_warms_up_to_a_peak_lower_in_long_runs_and_falls_to_zero(
-        tiny, monkeypatch, pictures, epochs, share, power):
+        tiny, monkeypatch, pictures, epochs, usual, share, power):
+    monkeypatch.setattr(tiny, "USUAL_EPOCH", usual)
     monkeypatch.setattr(tiny, "EPOCHS", epochs)
     monkeypatch.setattr(tiny, "WARMUP_STEPS", 4)
     trainer, rates, steps = Trainer(CPU), {"muon": [], "adamw": []}, epochs * STEPS

@@ -9,8 +9,8 @@ Before the end nothing is saved. script_unet.py by itself leaves a large GPU idl
 a step, whose thousand small kernels a processor core cannot start any faster. Here the step is
 recorded once, as a CUDA graph, and replayed, so that the trainings share the GPU. The updates are
 those of Trainer.step (tests/test_trials.py), with an epoch's random draws made at once, so from
-other random numbers: who changes that method changes Trial.step as well. Dropout's masks depend on
-the trials beside. Without a GPU it is slow.
+other random numbers: who changes that method, or the kinds of optimizers, changes Trial as well.
+Dropout's masks depend on the trials beside. Without a GPU it is slow.
 """
 
 import argparse
@@ -60,9 +60,10 @@ class Trial:
         self.steps = len(images) // batch           # of an epoch
         step = torch.arange(self.steps * epochs, dtype=torch.float64)
         done = (step // self.steps + step % self.steps * batch / len(images)) / epochs
+        length = self.steps * epochs / script_unet.USUAL_EPOCH
         factors = ((step + 1) / script_unet.WARMUP_STEPS).clamp(max=1)
-        factors *= (1 - done) ** min(2, max(1, epochs / 6))
-        self.factors = (factors * min(1, 20 / epochs)**0.5).float().to(self.device)
+        factors *= (1 - done) ** min(2, max(1, length / 6))
+        self.factors = (factors * min(1, 20 / length)**0.5).float().to(self.device)
         self.weights = 1 - (1 - 1 / (step + 1)) ** (script_unet.EMA_GAMMA + 1)
         self.weights = self.weights.float().to(self.device)     # of the average
 
@@ -74,12 +75,12 @@ class Trial:
         self.of_epoch, self.of_run = zeros(1, dtype=torch.long), zeros(1, dtype=torch.long)
         self.loss, self.rate = zeros(()), zeros(())     # the sum of an epoch's; AdamW's
         self.on = zeros(())                             # 0: the step changes no weight
-        rest = self.trainer.adamw.param_groups[0]["params"]
+        rest, adamw = self.trainer.adamw.param_groups[0]["params"], self.trainer.adamw.defaults
         fast = {"fused": True, "capturable": True} if self.device.type == "cuda" else {}
-        self.adamw = torch.optim.AdamW(rest, self.rate, self.trainer.adamw.defaults["betas"],
-                                       weight_decay=script_unet.WEIGHT_DECAY, **fast)
+        self.adamw = torch.optim.AdamW(rest, self.rate, adamw["betas"], adamw["eps"],
+                                       script_unet.WEIGHT_DECAY, **fast)
         muon, shapes = self.trainer.muon.defaults, {}
-        self.momentum = muon["momentum"]
+        self.adamw_rate, self.muon_rate, self.momentum = adamw["lr"], muon["lr"], muon["momentum"]
         self.orthogonal = {name: muon[name] for name in ("ns_coefficients", "ns_steps", "eps")}
         for kernel, matrix in zip(self.trainer.kernels, self.trainer.matrices):
             shapes.setdefault(tuple(matrix.shape), []).append((kernel, matrix))
@@ -109,9 +110,9 @@ class Trial:
         nn.utils.clip_grad_norm_(self.params, script_unet.GRADIENT_CLIP)
         with torch.no_grad():
             factor = self.factors.index_select(0, self.of_run)[0] * self.on
-            self.rate.copy_(factor * script_unet.LEARNING_RATE)
+            self.rate.copy_(factor * self.adamw_rate)
             self.adamw.step()
-            rate = factor * script_unet.MUON_LEARNING_RATE
+            rate = factor * self.muon_rate
             for kernels, matrices, momentum in self.muon:
                 grad = torch.stack([k.grad.movedim(1, 3).flatten(1) for k in kernels])
                 momentum.lerp_(grad, 1 - self.momentum)
@@ -154,12 +155,11 @@ class Trial:
         torch.cuda.synchronize()
         self.replay = graph.replay
 
-    def finish(self, epoch):
-        """Ready the average (and, early, the guide) for sampling, after so many epochs."""
+    def finish(self, step):
+        """Ready the average (and, early, the guide) for sampling, after so many steps."""
         script_unet.SEED = self.seed
-        self.trainer.progress.update(epoch=epoch - 1, position=1)   # as at the end of an epoch
+        self.trainer.progress.update(epoch=step // self.steps, step=step)
         script_unet.finish_average(self.trainer, self.images, self.labels)
-        self.trainer.progress.update(epoch=epoch, position=0, step=epoch * self.steps)
 
 
 def train(trials):
@@ -167,23 +167,28 @@ def train(trials):
     for trial in trials:
         trial.record()
     start, epochs, on_gpu = time.perf_counter(), script_unet.EPOCHS, trials[0].device.type == "cuda"
+    steps, done = trials[0].steps, 0
+    ready = script_unet.guide_step(len(trials[0].images)), steps * epochs   # the guide; all
     for epoch in range(1, epochs + 1):
         for trial in trials:
             with trial.in_stream():
                 trial.draw(epoch - 1)
-        for _ in range(trials[0].steps):
+        for _ in range(steps):
             for trial in trials:
                 with trial.in_stream():
                     trial.replay()
+            done += 1
+            if done in ready:
+                if on_gpu:
+                    torch.cuda.synchronize()
+                for trial in trials:
+                    trial.finish(done)
+                if on_gpu:
+                    torch.cuda.synchronize()    # before the streams change the averages again
         if on_gpu:
             torch.cuda.synchronize()
-        if epoch <= 3 or epoch == epochs:       # the guide follows for three epochs at most
-            for trial in trials:
-                trial.finish(epoch)
-            if on_gpu:
-                torch.cuda.synchronize()    # before the streams change the averages again
         if epoch <= 3 or epoch == epochs or epoch % 10 == 0:
-            losses = " ".join(f"{trial.loss.item() / trial.steps:.4f}" for trial in trials)
+            losses = " ".join(f"{trial.loss.item() / steps:.4f}" for trial in trials)
             print(f"epoch {epoch}/{epochs}: loss {losses}, {time.perf_counter() - start:.0f} s",
                   flush=True)
 
@@ -194,12 +199,10 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], metavar="SEED",
                         help="default 0 1 2 3")
     parser.add_argument("--epochs", type=int, default=script_unet.EPOCHS,
-                        help="8 or more, default EPOCHS")
+                        help="default EPOCHS")
     args = parser.parse_args()
     script_unet.EPOCHS = args.epochs
     script_unet.check_constants()
-    if args.epochs < 8:     # below, Trainer.step makes the guide, and Trial.step does not
-        parser.error(f"--epochs must be 8 or more, got {args.epochs}")
     if len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--seeds must differ, got {args.seeds}")
     script_unet.keep_freed_memory()
@@ -233,5 +236,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except script_unet.UserError as error:
+    except (script_unet.UserError, OSError) as error:   # an OSError names its file, too
         sys.exit(str(error))
