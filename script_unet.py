@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 # Training
 EPOCHS = 150                # passes over the training images; after 14, patterns are still vague
 BATCH_SIZE = 256            # images per optimizer step; a CPU is 15% faster with 256 than with 128
-LEARNING_RATE = 2.8e-3      # AdamW's; less in runs above 20 epochs; falls to 0, see Trainer.step
+LEARNING_RATE = 2.8e-3      # AdamW's; less in long runs; falls to 0: see Trainer.step
 MUON_LEARNING_RATE = 0.028  # Muon's [9], Jordan's scale, likewise; for kernels 16+ wide in and out
 WARMUP_STEPS = 100          # learning rates rise over these steps, while running averages settle
 WEIGHT_DECAY = 0.1          # each step shrinks all weights by this times the learning rate
@@ -66,7 +66,7 @@ BETA_END = 0.02             # linear only: the last beta at T = 1000, rescaled b
 SAMPLING_STEPS = 22         # of the T steps; more are slower and hardly better
 SAMPLING_ETA = 0.0          # noise added at each step: 0: none [6]; 1: all of DDPM's [1, 3]
 SAMPLING_GRAIN = 0.75       # gray levels of noise left on clothes, as cloth has grain; 0: none
-GUIDANCE_SCALE = 0.0        # 0: by epochs trained, 2.8 to 1.5; 1: off; more: clearer, less real
+GUIDANCE_SCALE = 0.0        # 0: by length of training, 2.8 to 1.5; 1: off; more: clearer, less real
 # Machine and output, in the working directory
 PRECISION = "auto"          # "auto": bf16 where the hardware computes in it; or "bf16", "fp32"
 RESUME = True               # go on from the newest checkpoint; False sets older ones aside
@@ -78,7 +78,6 @@ CHECKPOINT_PREFIX = "fashion_mnist_diffusion"  # what the checkpoints' paths sta
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
                "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 NUM_CLASSES = len(CLASS_NAMES)  # labels 0 ... 9; label 10 is the null class: any of them
-USUAL_EPOCH = 234  # updates, as 60,000 images in batches of 256: rates and guidance count in these
 FORMAT = 5  # of the checkpoints, raised when weights of an older version no longer fit
 MODEL_CONSTANTS = """FORMAT IMG_SIZE NUM_CLASSES PATCH_SIZE CHANNELS BLOCKS EMBEDDING_DIM
     ATTENTION_HEAD_DIM NUM_DIFFUSION_STEPS BETA_SCHEDULE BETA_START BETA_END""".split()
@@ -150,12 +149,12 @@ def load_fashion_mnist(split, folder=None):
     """uint8 (N, 1, IMG_SIZE, IMG_SIZE), labels int64 (N,), of "train" or "test"; or UserError."""
     paths = [Path(folder or find_data(), name) for name in DATA_FILES[split]]
     images, labels = map(read_idx, paths)
-    if images.shape[1:] != (28, 28):
-        raise bad_data(paths[0], f"holds {images.shape}, not 28 x 28 images")
+    if len(images) < 4 or images.shape[1:] not in ((28, 28), (IMG_SIZE, IMG_SIZE)):
+        raise bad_data(paths[0], f"holds {images.shape}, not 4 or more of 28 x 28 or {IMG_SIZE=}")
     if labels.shape != images.shape[:1] or labels.max(initial=0) >= NUM_CLASSES:
         raise bad_data(paths[1], f"must count {len(images)} labels below {NUM_CLASSES=}")
     images, labels = torch.tensor(images)[:, None], torch.tensor(labels, dtype=torch.long)
-    if IMG_SIZE != 28: images = F.interpolate(images, IMG_SIZE, mode="bilinear", antialias=True)
+    images = F.interpolate(images, IMG_SIZE, mode="bilinear", antialias=True)   # 28: no change
     return images, labels
 
 def to_float(images):  # 0 ... 255 to -1 ... 1
@@ -460,9 +459,9 @@ def mean_losses(sums):  # by_noise_level's, {"loss": ..., "early": ..., "middle"
 
 @torch.no_grad()
 def heldout_loss(model, images, labels, batch_size=500):
-    """mean_losses of the model on T or more uint8 images, each with its fixed step and noise."""
-    T, sums = len(model.abar), 0
-    t = (torch.arange(len(images)) % T).to(images.device)
+    """mean_losses of the model on uint8 images, each with its fixed step and noise."""
+    T, sums, count = len(model.abar), 0, len(images)
+    t = (torch.arange(count) * max(T, count) // count % T).to(images.device)    # all, if T or more
     noise = torch.randn(images.shape, generator=generator("held out")).to(images.device)
     for x, s, y, n in zip(*(part.split(batch_size) for part in (images, t, labels, noise))):
         sums = sums + by_noise_level(diffusion_loss(model, to_float(x), s, y, n), s, T)
@@ -629,13 +628,14 @@ class InFloat32(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0] if function is torch.Tensor.bfloat16 else function(*args, **kwargs or {})
 
+def usual_epoch(): return 234 * max(1, 256 / BATCH_SIZE)    # updates; what follows counts in these
 def guide_step(count):  # the update that the guide stays at, of a run on so many images
-    return max(1, min(3 * USUAL_EPOCH, 3 * EPOCHS * (count // BATCH_SIZE) // 8))
+    return max(1, int(min(3 * usual_epoch(), 3 / 8 * EPOCHS * (count // BATCH_SIZE))))
 def finish_average(trainer, images, labels):
     """Make the averaged weights ready for sample(). Up to guide_step() the guide is a new copy,
     its classes a fifth nearer to a trained null class; then it is kept, and stays the weaker."""
     refresh_batch_norm(trainer.average, images, labels)
-    trainer.average.epochs.fill_(math.ceil(trainer.progress["step"] / USUAL_EPOCH))
+    trainer.average.epochs.fill_(math.ceil(trainer.progress["step"] / usual_epoch()))
     if trainer.progress["step"] <= guide_step(len(images)) or not trainer.guide.epochs:
         trainer.guide.load_state_dict(trainer.average.state_dict())
         classes = trainer.guide.class_embedding.weight
@@ -696,7 +696,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         for m, k in zip(self.matrices, self.kernels): m.grad = k.grad.movedim(1, 3).flatten(1)
         left = max(0, 1 - (now["epoch"] + now["position"] / len(images)) / EPOCHS)  # of the run
-        length = EPOCHS * (len(images) // BATCH_SIZE) / USUAL_EPOCH     # of the whole run
+        length = EPOCHS * (len(images) // BATCH_SIZE) / usual_epoch()   # of the whole run
         factor = min(1, (now["step"] + 1) / WARMUP_STEPS) * min(1, 20 / length) ** 0.5
         factor *= left ** min(2, max(1, length / 6))    # a line up to length 6; a square from 12
         for opt in (self.muon, self.adamw):
@@ -824,14 +824,14 @@ def hold_folder():
 
 def report(model, folder, images, heldout, epochs_left):
     """Say what will be done. Raises UserError when the disk is too small for it."""
-    (parameters, flops), device = model_size(model), model.abar.device
+    (parameters, flops), device, n = model_size(model), model.abar.device, len(images) // BATCH_SIZE
     chip = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     changed = [f"{k} = {globals()[k]!r}" for k, v in ALLOWED.items() if globals()[k] != v[0]]
     say(f"device     {device} ({chip}), {precision(device)}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}\n"
         f"data       {len(images):,} training and {len(heldout):,} held-out images, {folder}\n"
         f"model      {parameters:,} parameters, {flops / 1e6:.1f} MFLOP per image\n"
-        f"training   {EPOCHS} epochs of {len(images) // BATCH_SIZE} steps of {BATCH_SIZE}\n"
+        f"training   {EPOCHS} epochs of {n} steps of {BATCH_SIZE}: {EPOCHS * n:,} updates\n"
         f"constants  {', '.join(changed) or 'all at their defaults'}\noutputs    "
         f"{checkpoint_path('*')}, training_loss.png, training_log.csv, {Path(PICTURE_DIR)}/")
     need = 20 * parameters * (4 + EPOCHS // CHECKPOINT_EVERY) + 10**6 * epochs_left  # bytes

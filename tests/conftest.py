@@ -26,7 +26,7 @@ TINY = {"IMG_SIZE": 28, "PATCH_SIZE": 4, "CHANNELS": (16, 32), "BLOCKS": (1, 1),
         "EMBEDDING_DIM": 32, "ATTENTION_HEAD_DIM": 16, "NUM_DIFFUSION_STEPS": 20,
         "BATCH_SIZE": 100, "EPOCHS": 2, "SAMPLING_STEPS": 4, "WARMUP_STEPS": 3, "EMA_GAMMA": 4.0,
         "DROPOUT": 0.1, "GUIDANCE_SCALE": 1.0, "PRECISION": "fp32", "DATA_DIR": str(DATA),
-        "USUAL_EPOCH": 6,   # as 600 images in batches of 100
+        "usual_epoch": lambda: 6,   # as 600 images in batches of 100
         # As they are, and so again after a test that runs what sets them
         "PICTURE_DIR": script_unet.PICTURE_DIR, "CHECKPOINT_PREFIX": script_unet.CHECKPOINT_PREFIX,
         "SEED": script_unet.SEED,

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DATA
 from PIL import Image
 from torchvision.datasets import FashionMNIST
@@ -96,6 +97,18 @@ def test_other_image_sizes_are_resampled_as_pillow_does(monkeypatch, size):
     assert abs(difference).max() <= 1 and abs(difference.float().mean()) < 0.03     # none cut off
 
 
+def test_images_of_img_size_are_taken_as_they_are(monkeypatch, raw):
+    small, labels = load_fashion_mnist("test", RAW)
+    large = F.interpolate(small.float(), 33).byte()
+    (raw / FILES["test images"]).write_bytes(gzip.compress(
+        header(0x0803, 200, 33, 33) + large.numpy().tobytes()))
+    with pytest.raises(UserError, match=r"200, 33, 33\), not 4 or more of 28 x 28 or IMG_SIZE=28"):
+        load_fashion_mnist("test", raw)
+    monkeypatch.setattr(script_unet, "IMG_SIZE", 33)
+    images, same_labels = load_fashion_mnist("test", raw)
+    assert torch.equal(images, large) and torch.equal(labels, same_labels)
+
+
 def test_float_and_uint8_are_each_others_inverse():
     values = torch.arange(256, dtype=torch.uint8)
     floats = script_unet.to_float(values)
@@ -148,6 +161,7 @@ BROKEN = [
     ("images", replaced_header(0x0803, 601), "count"),
     ("images", replaced_header(0x0803, 600, 14, 56), "28 x 28"),
     ("images", lambda data: (RAW / FILES["labels"]).read_bytes(), "28 x 28"),
+    ("images", lambda data: gzip.compress(header(0x0803, 0, 28, 28)), "4 or more"),
     ("labels", lambda data: (RAW / FILES["images"]).read_bytes(), "count"),
     ("labels", lambda data: (RAW / FILES["test labels"]).read_bytes(), "count"),
     ("labels", lambda data: gzip.compress(gzip.decompress(data)[:-1] + b"\12"),

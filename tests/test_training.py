@@ -216,7 +216,7 @@ def test_lines_of_a_run_say_its_steps_its_losses_and_which_epoch_was_best(
     plan_heldout_losses(monkeypatch, 1.0, 0.5, 0.7)
     run()
     said = capsys.readouterr().out
-    assert f"\ntraining   3 epochs of {STEPS} steps of 100\n" in said
+    assert f"\ntraining   3 epochs of {STEPS} steps of 100: {3 * STEPS} updates\n" in said
     for row, heldout in zip(log_rows(), ("1.0000 (best)", "0.5000 (best)", "0.7000")):
         assert (f"\nepoch {row['epoch']:.0f}/3: loss {row['train_loss']:.4f}, "
                 f"held out {heldout}, ") in said
@@ -1055,12 +1055,13 @@ def test_best_checkpoint_that_is_lost_has_a_successor_at_once_and_after_a_crash(
     assert read_checkpoint(checkpoint("best_model"))["progress"]["epoch"] == 3
 
 
-@pytest.mark.parametrize("epochs, images, step", [
-    (150, 60_000, 702), (8, 60_000, 702), (7, 60_000, 614), (1, 60_000, 87),
-    (400, 2_000, 702), (100, 2_000, 262), (1, 512, 1)])
-def test_guide_stays_at_702_updates_or_three_eighths_of_a_shorter_run(
-        monkeypatch, epochs, images, step):
-    for name, value in (("EPOCHS", epochs), ("BATCH_SIZE", 256)):
+@pytest.mark.parametrize("epochs, images, batch_size, step", [
+    (150, 60_000, 256, 702), (8, 60_000, 256, 702), (7, 60_000, 256, 614), (1, 60_000, 256, 87),
+    (400, 2_000, 256, 702), (100, 2_000, 256, 262), (150, 60_000, 2048, 702), (1, 512, 256, 1),
+    (150, 60_000, 128, 1404)])      # smaller batches: as many images
+def test_guide_stays_at_702_updates_or_at_three_eighths_of_the_run_if_these_are_earlier(
+        monkeypatch, epochs, images, batch_size, step):
+    for name, value in (("EPOCHS", epochs), ("BATCH_SIZE", batch_size)):
         monkeypatch.setattr(script_unet, name, value)
     assert script_unet.guide_step(images) == step
 
@@ -1184,6 +1185,14 @@ def test_heldout_loss_is_fixed_and_by_noise_level(tiny, monkeypatch):
     assert thirds.diff().abs().min() > 1e-3
 
 
+def test_heldout_loss_of_fewer_images_than_steps_is_of_steps_from_all_noise_levels(tiny):
+    images, labels = (part[:7] for part in load_fashion_mnist("test"))
+    seen = []
+    model = Predictor(lambda x_t, t, y: seen.extend(t.tolist()) or 0 * x_t, steps=100)
+    losses = heldout_loss(model, images, labels)
+    assert seen == [0, 14, 28, 42, 57, 71, 85] and all(np.isfinite(list(losses.values())))
+
+
 def test_heldout_loss_asks_about_every_image_with_its_label_and_noise_of_its_own(tiny):
     images, labels = load_fashion_mnist("test")
     seen = []
@@ -1262,7 +1271,7 @@ def steps_of(tiny, monkeypatch, pictures):
     def record(count, seed=0, disturb=lambda: None):
         monkeypatch.setattr(tiny, "SEED", seed)
         monkeypatch.setattr(tiny, "EPOCHS", 100)
-        monkeypatch.setattr(tiny, "USUAL_EPOCH", 100)   # else the guide's losses are among them
+        monkeypatch.setattr(tiny, "usual_epoch", lambda: 100)   # else the guide's are among them
         seen, loss, trainer = [], tiny.diffusion_loss, Trainer(CPU)
         with monkeypatch.context() as patch:
             patch.setattr(tiny, "diffusion_loss",
@@ -1364,7 +1373,7 @@ def test_draw_that_rounding_makes_the_whole_batch_is_still_a_step_below_t(
     (80, 10 * STEPS, 1.0, 8 / 6)])      # as few updates as eight usual epochs
 def test_learning_rate_warms_up_to_a_peak_lower_in_long_runs_and_falls_to_zero(
         tiny, monkeypatch, pictures, epochs, usual, share, power):
-    monkeypatch.setattr(tiny, "USUAL_EPOCH", usual)
+    monkeypatch.setattr(tiny, "usual_epoch", lambda: usual)
     monkeypatch.setattr(tiny, "EPOCHS", epochs)
     monkeypatch.setattr(tiny, "WARMUP_STEPS", 4)
     trainer, rates, steps = Trainer(CPU), {"muon": [], "adamw": []}, epochs * STEPS

@@ -136,7 +136,7 @@ def main():
     parser.add_argument("constants", nargs="*", metavar="NAME=VALUE",
                         help="constants of script_unet.py to change, not with --peer")
     parser.add_argument("--seconds", type=float, default=600, help="of training, default 600")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the training and the samples")
     parser.add_argument("--output", type=Path, metavar="DIR",
                         help="for the results; default: a folder in tests/benchmarks/.cache/")
     parser.add_argument("--samples", type=evaluate.per_class, default=200, metavar="N",

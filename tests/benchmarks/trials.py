@@ -60,7 +60,7 @@ class Trial:
         self.steps = len(images) // batch           # of an epoch
         step = torch.arange(self.steps * epochs, dtype=torch.float64)
         done = (step // self.steps + step % self.steps * batch / len(images)) / epochs
-        length = self.steps * epochs / script_unet.USUAL_EPOCH
+        length = self.steps * epochs / script_unet.usual_epoch()
         factors = ((step + 1) / script_unet.WARMUP_STEPS).clamp(max=1)
         factors *= (1 - done) ** min(2, max(1, length / 6))
         self.factors = (factors * min(1, 20 / length)**0.5).float().to(self.device)
