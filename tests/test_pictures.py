@@ -195,19 +195,21 @@ def test_loss_picture_can_be_read_off_it_has_decimals_whole_epochs_and_the_last_
             assert list(line.get_xdata()) == list(range(1, epochs + 1))
 
 
-@pytest.mark.parametrize("columns", [2, 10, 30])
+@pytest.mark.parametrize("classes, columns", [(10, 2), (10, 30), (26, 2)])
 @pytest.mark.parametrize("size", [28, 64])
-def test_every_pixel_of_the_images_is_in_the_picture(tmp_path, size, columns):
-    stripes = torch.ones(10 * columns, 1, size, size)
+def test_every_pixel_of_the_images_is_in_the_picture(tiny, monkeypatch, size, classes, columns):
+    for name, value in (("NUM_CLASSES", classes), ("CLASS_NAMES", tuple(range(classes)))):
+        monkeypatch.setattr(tiny, name, value)
+    chessboard = torch.ones(classes * columns, 1, size, size)
     for axis in (2, 3):
-        for stripe in range(0, size, 2):
-            stripes.select(axis, stripe).neg_()     # a chessboard
-    script_unet.draw_classes(stripes, ["j"] * columns, "t", tmp_path / "picture.png")
-    with Image.open(tmp_path / "picture.png") as image:
+        for line in range(0, size, 2):
+            chessboard.select(axis, line).neg_()
+    script_unet.draw_classes(chessboard, ["j"] * columns, "t", "picture.png")
+    with Image.open("picture.png") as image:
         gray = np.asarray(image.convert("L")).astype(int)
-    for lines in (gray, gray.T):
+    for lines, cells in ((gray, columns), (gray.T, classes)):
         changes = (abs(np.diff(lines, axis=1)) > 100).sum(1).max()
-        assert changes >= (size - 1) * (columns if lines is gray else 10)
+        assert changes >= (size - 1) * cells
 
 
 @pytest.mark.parametrize("steps, seconds", [(22, 4.2), (100, 7), (250, 7), (300, 8)])
