@@ -48,7 +48,7 @@ LABEL_DROPOUT = 0.1         # share of labels that become the null class (any), 
 EMA_GAMMA = 16.0            # the averaged weights [8] lag 1 / (2 + this) of the steps so far
 SEED = 0                    # fixes, with the step, all randomness but that of the held-out loss
 # Data
-IMG_SIZE = 28               # pixels a side, 16 to 64; other sizes than 28 are resampled
+IMG_SIZE = 28               # pixels a side, 16 to 64; images of 28 x 28 are resampled to it
 DATA_DIR = "data"           # torchvision's layout, and where its download goes
 SYSTEM_DATA_DIR = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
 # Model
@@ -150,11 +150,11 @@ def load_fashion_mnist(split, folder=None):
     paths = [Path(folder or find_data(), name) for name in DATA_FILES[split]]
     images, labels = map(read_idx, paths)
     if len(images) < 4 or images.shape[1:] not in ((28, 28), (IMG_SIZE, IMG_SIZE)):
-        raise bad_data(paths[0], f"holds {images.shape}, not 4 or more of 28 x 28 or {IMG_SIZE=}")
+        raise bad_data(paths[0], f"is {images.shape}, not 4+ of 28 x 28 or (set it) {IMG_SIZE=}")
     if labels.shape != images.shape[:1] or labels.max(initial=0) >= NUM_CLASSES:
         raise bad_data(paths[1], f"must count {len(images)} labels below {NUM_CLASSES=}")
     images, labels = torch.tensor(images)[:, None], torch.tensor(labels, dtype=torch.long)
-    images = F.interpolate(images, IMG_SIZE, mode="bilinear", antialias=True)   # 28: no change
+    images = F.interpolate(images, IMG_SIZE, mode="bilinear", antialias=True)   # or as is
     return images, labels
 
 def to_float(images):  # 0 ... 255 to -1 ... 1
@@ -628,9 +628,9 @@ class InFloat32(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0] if function is torch.Tensor.bfloat16 else function(*args, **kwargs or {})
 
-def usual_epoch(): return 234 * max(1, 256 / BATCH_SIZE)    # updates; what follows counts in these
+def usual_epoch(): return 60_000 // min(256, BATCH_SIZE)  # updates: guide, rates, scale go by these
 def guide_step(count):  # the update that the guide stays at, of a run on so many images
-    return max(1, int(min(3 * usual_epoch(), 3 / 8 * EPOCHS * (count // BATCH_SIZE))))
+    return max(1, min(3 * usual_epoch(), 3 * EPOCHS * (count // BATCH_SIZE) // 8))
 def finish_average(trainer, images, labels):
     """Make the averaged weights ready for sample(). Up to guide_step() the guide is a new copy,
     its classes a fifth nearer to a trained null class; then it is kept, and stays the weaker."""
@@ -696,7 +696,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         for m, k in zip(self.matrices, self.kernels): m.grad = k.grad.movedim(1, 3).flatten(1)
         left = max(0, 1 - (now["epoch"] + now["position"] / len(images)) / EPOCHS)  # of the run
-        length = EPOCHS * (len(images) // BATCH_SIZE) / usual_epoch()   # of the whole run
+        length = EPOCHS * (len(images) // BATCH_SIZE) / usual_epoch()   # of the run, in these
         factor = min(1, (now["step"] + 1) / WARMUP_STEPS) * min(1, 20 / length) ** 0.5
         factor *= left ** min(2, max(1, length / 6))    # a line up to length 6; a square from 12
         for opt in (self.muon, self.adamw):

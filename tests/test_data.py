@@ -102,7 +102,7 @@ def test_images_of_img_size_are_taken_as_they_are(monkeypatch, raw):
     large = F.interpolate(small.float(), 33).byte()
     (raw / FILES["test images"]).write_bytes(gzip.compress(
         header(0x0803, 200, 33, 33) + large.numpy().tobytes()))
-    with pytest.raises(UserError, match=r"200, 33, 33\), not 4 or more of 28 x 28 or IMG_SIZE=28"):
+    with pytest.raises(UserError, match=r"200, 33, 33\), not .* 28 x 28 or \(set it\) IMG_SIZE=28"):
         load_fashion_mnist("test", raw)
     monkeypatch.setattr(script_unet, "IMG_SIZE", 33)
     images, same_labels = load_fashion_mnist("test", raw)
@@ -161,7 +161,7 @@ BROKEN = [
     ("images", replaced_header(0x0803, 601), "count"),
     ("images", replaced_header(0x0803, 600, 14, 56), "28 x 28"),
     ("images", lambda data: (RAW / FILES["labels"]).read_bytes(), "28 x 28"),
-    ("images", lambda data: gzip.compress(header(0x0803, 0, 28, 28)), "4 or more"),
+    ("images", lambda data: gzip.compress(header(0x0803, 0, 28, 28)), "not 4"),
     ("labels", lambda data: (RAW / FILES["images"]).read_bytes(), "count"),
     ("labels", lambda data: (RAW / FILES["test labels"]).read_bytes(), "count"),
     ("labels", lambda data: gzip.compress(gzip.decompress(data)[:-1] + b"\12"),

@@ -1058,7 +1058,7 @@ def test_best_checkpoint_that_is_lost_has_a_successor_at_once_and_after_a_crash(
 @pytest.mark.parametrize("epochs, images, batch_size, step", [
     (150, 60_000, 256, 702), (8, 60_000, 256, 702), (7, 60_000, 256, 614), (1, 60_000, 256, 87),
     (400, 2_000, 256, 702), (100, 2_000, 256, 262), (150, 60_000, 2048, 702), (1, 512, 256, 1),
-    (150, 60_000, 128, 1404)])      # smaller batches: as many images
+    (150, 60_000, 128, 1404), (150, 60_000, 100, 1800)])    # smaller batches: as many images
 def test_guide_stays_at_702_updates_or_at_three_eighths_of_the_run_if_these_are_earlier(
         monkeypatch, epochs, images, batch_size, step):
     for name, value in (("EPOCHS", epochs), ("BATCH_SIZE", batch_size)):
