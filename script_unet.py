@@ -98,6 +98,7 @@ def generator(*keys):
     """A torch.Generator, on the CPU, for the stream that the keys name, e.g. "order", SEED, 17."""
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
 def pick_device():  # not MPS: wrong channels_last gradients (pytorch issues 107214, 175189)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -157,10 +158,8 @@ def load_fashion_mnist(split, folder=None):
     images = F.interpolate(images, IMG_SIZE, mode="bilinear", antialias=True)   # or as is
     return images, labels
 
-def to_float(images):  # 0 ... 255 to -1 ... 1
-    return images.float() / 127.5 - 1
-def to_uint8(images):  # to_float's inverse, clipped
-    return ((images + 1) * 127.5).round().clamp(0, 255).byte()
+def to_float(images): return images.float() / 127.5 - 1     # 0 ... 255 to -1 ... 1
+def to_uint8(images): return ((images + 1) * 127.5).round().clamp(0, 255).byte()    # and back
 
 # ---- Building blocks, small to large; maps are (B, C, H, W) in channels_last memory ------------
 class Conv1x1(nn.Conv2d):  # (B, in, H, W) -> (B, out, H, W), as a matrix product: faster with AMX
@@ -890,6 +889,7 @@ def main():
             stack.push(lambda kind, *_: kind in (None, SystemExit) and dist.destroy_process_group())
             run(stop)  # where it fails in one process, NCCL's farewell would wait for the others
         except RuntimeError as error:
+            stack.pop_all()  # the handlers stay, or torchrun's SIGTERM might cut the message short
             raise UserError(f"process {RANK} of {WORLD_SIZE} failed or lost another ({error}): "
                             f"{again()} to go on, one process to see why") from error
 

@@ -4,6 +4,7 @@ import csv
 import functools
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -41,9 +42,13 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    """The same random numbers in a test, whatever ran before it."""
+def alike():
+    """The same random numbers and signal handlers in a test, whatever ran before it."""
     torch.manual_seed(0)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def set_tiny(monkeypatch, folder, **constants):

@@ -214,6 +214,14 @@ def test_processes_take_leave_of_each_other_unless_one_fails(tiny, monkeypatch, 
     assert bool(left) == leaves
 
 
+def test_process_that_lost_another_says_so_though_torchrun_sends_it_a_signal(tiny, monkeypatch):
+    without_others(monkeypatch)
+    monkeypatch.setattr(tiny, "run", raising(RuntimeError("Connection closed")))
+    with pytest.raises(UserError, match="process 0 of 2 failed or lost another .*closed"):
+        main()
+    signal.raise_signal(signal.SIGTERM)     # before the message is printed
+
+
 def test_signal_to_several_processes_before_the_first_step_reaches_training(tiny, monkeypatch):
     without_others(monkeypatch)
     monkeypatch.setattr(tiny.nn.parallel, "DistributedDataParallel", lambda model: model)
