@@ -80,7 +80,7 @@ CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
 NUM_CLASSES = len(CLASS_NAMES)  # labels 0 ... 9; label 10 is the null class: any of them
 FORMAT = 5  # of the checkpoints, raised when weights of an older version no longer fit
 MODEL_CONSTANTS = """FORMAT IMG_SIZE NUM_CLASSES PATCH_SIZE CHANNELS BLOCKS EMBEDDING_DIM
-    ATTENTION_HEAD_DIM NUM_DIFFUSION_STEPS BETA_SCHEDULE BETA_START BETA_END""".split()
+    ATTENTION_HEAD_DIM NUM_DIFFUSION_STEPS BETA_SCHEDULE BETA_START BETA_END""".split()  # all fixed
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes; RANK: this one's number (torchrun)
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # other launchers may set it alone
 
@@ -695,7 +695,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         for m, k in zip(self.matrices, self.kernels): m.grad = k.grad.movedim(1, 3).flatten(1)
         left = max(0, 1 - (now["epoch"] + now["position"] / len(images)) / EPOCHS)  # of the run
-        length = EPOCHS * (len(images) // BATCH_SIZE) / usual_epoch()   # of the run, in these
+        length = EPOCHS * (len(images) // BATCH_SIZE) / usual_epoch()  # of the run, in usual epochs
         factor = min(1, (now["step"] + 1) / WARMUP_STEPS) * min(1, 20 / length) ** 0.5
         factor *= left ** min(2, max(1, length / 6))    # a line up to length 6; a square from 12
         for opt in (self.muon, self.adamw):
