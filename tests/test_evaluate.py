@@ -1,5 +1,6 @@
 """tests/benchmarks/evaluate.py: its figures are what their definitions say, worked out by hand."""
 
+import os
 import sys
 from types import SimpleNamespace
 
@@ -177,6 +178,16 @@ def test_excerpt_of_the_data_is_not_judged_with(tiny):
         evaluate.real_images.__wrapped__("train")
 
 
+def test_classes_must_be_as_many_as_each_other_as_sets_of_real_images_have_as_many_of_each(
+        tiny, monkeypatch):
+    images, labels = torch.zeros(1).byte().expand(10000, 1, 28, 28), torch.arange(10000) % 10
+    monkeypatch.setattr(tiny, "load_fashion_mnist", lambda _split: (images, labels))
+    assert evaluate.real_images.__wrapped__("test") == (images, labels)
+    labels[5] = 6
+    with pytest.raises(SystemExit, match="999, 1001, .* of each class"):
+        evaluate.real_images.__wrapped__("test")
+
+
 def test_table_shows_the_mean_and_range_of_real_images_and_the_ratio_to_the_mean(capsys):
     figures, *reals = ({"n": 20, "frechet": x, "accuracy": 0.5} for x in (0.05, 0.03, 0.02, 0.01))
     evaluate.print_table(figures, reals, "judge")
@@ -203,6 +214,22 @@ def test_figures_of_a_name_are_computed_once_and_a_failure_leaves_no_file(monkey
         path.write_bytes(b"half")
     with pytest.raises(SystemExit, match="cannot be read.*delete it"):
         evaluate.cached("one", lambda: {"n": 4})
+
+
+def test_figures_that_a_full_disk_cannot_keep_serve_the_run_that_made_them(
+        monkeypatch, tmp_path, capsys):
+    data = torch.zeros(2, 1, 28, 28).byte(), torch.zeros(2).long()
+    monkeypatch.setattr(evaluate, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(evaluate, "real_images", lambda _split: data)
+    evaluate.data_digest.cache_clear()
+
+    def full(_file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert evaluate.cached("one", lambda: {"n": torch.tensor(4)}) == {"n": 4}
+    assert "(No space left on device)" in capsys.readouterr().out
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_options_are_the_constants_that_the_judged_samples_are_drawn_with(

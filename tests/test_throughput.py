@@ -1,11 +1,13 @@
 """tests/benchmarks/throughput.py and ten_minutes.py: what is timed, and how long is trained."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import checkpoint, log_rows
 
 import peers
@@ -50,7 +52,8 @@ def test_contenders_take_turns_and_the_table_has_medians_and_the_rounds_own_rati
         def submit(self, function, *args):
             if function is throughput.set_up:
                 built.append(args)
-                self.name, result = args[0], (1234, args[0])
+                self.name, result = args[0], (1234, {"ours": 5e7, "diffusers": 6e8}[args[0]],
+                                              args[0])
             else:
                 turns.append(self.name)
                 result = next(rates[self.name])
@@ -60,7 +63,7 @@ def test_contenders_take_turns_and_the_table_has_medians_and_the_rounds_own_rati
             pass
 
     for name, value in (("ProcessPoolExecutor", Process), ("MATRIX_SIZE", 8), (
-            "rate", lambda *_args: turns.append("product") or 1e12)):
+            "rate", lambda *_args: turns.append("product") or 1e11)):
         monkeypatch.setattr(throughput, name, value)
     monkeypatch.setattr(tiny, "keep_freed_memory", lambda: None)
     monkeypatch.setattr("sys.argv", ["throughput.py", "--rounds", "3", "--peers", "diffusers",
@@ -68,9 +71,12 @@ def test_contenders_take_turns_and_the_table_has_medians_and_the_rounds_own_rati
     throughput.main()
     assert built == [("ours", True, 64), ("diffusers", False, 64)]      # allocator: ours alone
     assert turns == ["ours", "product", "diffusers"] * 3
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "1,234" in line]
-    assert rows == [["ours", "fp32", "1,234", "300", "1.0", "1.0", "to", "1.0"],
-                    ["diffusers", "fp32", "1,234", "10", "15.0", "10.0", "to", "40.0"]]
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines() if "1,234" in line]
+    assert rows == [["ours", "fp32", "1,234", "50.0", "300", "1.0", "1.0", "to", "1.0"],
+                    ["diffusers", "fp32", "1,234", "600.0", "10", "15.0", "10.0", "to", "40.0"]]
+    # 3 * 50 MFLOP * (100, 400, 300) images/s of 100 GFLOP/s: 15, 60 and 45%
+    assert "45 GFLOP/s (a step as three forward passes of 50.0 MFLOP), 45% of the 100" in printed
 
 
 @pytest.mark.parametrize("seconds, epochs", [(4.5, 2), (0.1, 1)])
@@ -150,6 +156,46 @@ class Line(peers.Peer):
 
     def generate(self, labels):
         return (labels / 127.5 - 1).view(-1, 1, 1, 1)
+
+
+def test_operations_of_a_peer_are_those_of_one_images_loss(tiny):
+    assert Line(CPU).operations() == 0      # no product, no convolution
+    peer = Line(CPU)
+    peer.loss = lambda x, labels: F.conv2d(x, torch.ones(4, 1, 3, 3), padding=1).sum()
+    assert peer.operations() == 2 * 28 * 28 * 9 * 4
+
+
+def test_peers_ten_minutes_are_judged_and_kept(tiny, monkeypatch, tmp_path, capsys):
+    train, judged = (torch.zeros(600, 1, 28, 28).byte(), torch.arange(600) % 10), []
+    for name, value in (("real_images", lambda _split: train), ("evaluate_real", lambda *_: []),
+                        ("evaluate", lambda *args: judged.append(args) or {"n": 20}),
+                        ("print_table", lambda *_: None),
+                        ("load_classifier", lambda _seed: SimpleNamespace(name="judge"))):
+        monkeypatch.setattr(ten_minutes.evaluate, name, value)
+    monkeypatch.setattr(Line, "package", "torch", raising=False)
+    monkeypatch.setattr(Line, "generate", lambda self, labels: (labels / 127.5 - 1).view(
+        -1, 1, 1, 1).expand(-1, 1, 28, 28))
+    monkeypatch.setitem(peers.PEERS, "diffusers", Line)
+    monkeypatch.setattr(tiny, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr("sys.argv", ["ten_minutes.py", "--samples", "2", "--output", "results",
+                                     "--peer", "diffusers", "--seconds", ".001", "--seed", "3"])
+    ten_minutes.main()
+    assert {path.name for path in Path("results").glob("[!.]*")} == {
+        "peer.pt", "samples.pt", "samples.png", "figures.json"}
+    assert set(torch.load("results/peer.pt")["model"]) == {"weight"}
+    samples = torch.load("results/samples.pt")
+    assert samples[:, 0, 0, 0].tolist() == [c for c in range(10) for _ in range(2)]
+    (images, asked, seed), = judged
+    assert torch.equal(images, samples) and asked is None and seed == 0     # not conditional
+    figures = json.loads(Path("results", "figures.json").read_text())
+    assert figures["figures"] == {"n": 20} and figures["constants"] is None
+    assert figures["trained"]["batch size"] == 128 and figures["seed"] == 3
+    assert figures["data"] == str(tiny.find_data().absolute())
+    monkeypatch.setattr(Line, "step", lambda self, *_: self.model.weight.data.fill_(torch.nan))
+    monkeypatch.setattr("sys.argv", [*sys.argv[:4], "again", *sys.argv[5:]])
+    with pytest.raises(SystemExit, match="training diverged: begin anew, with another --output"):
+        ten_minutes.main()
+    assert len(judged) == 1
 
 
 def test_step_of_a_peer_is_an_update_along_its_batchs_clipped_gradient():

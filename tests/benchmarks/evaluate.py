@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import io
 import os
 import sys
 import time
@@ -45,7 +46,7 @@ import script_unet  # noqa: E402
 
 CACHE = Path(__file__).resolve().parent / ".cache"
 RECIPE = 1                  # part of the cache's file names: raise it to make older files void
-CLASSIFIER_EPOCHS = 8
+CLASSIFIER_EPOCHS = 8       # whoever changes it raises RECIPE
 CLASSIFIER_ACCURACY = 0.925     # on the test images; a worse judge is refused
 NEIGHBOURS = 3              # k of precision and recall
 IMAGENET_REFERENCE = 20000  # training images that the distance in ImageNet features is to
@@ -58,9 +59,11 @@ def real_images(split):
     """All images and labels of "train" or "test"; refuses excerpts, whose figures mislead."""
     images, labels = script_unet.load_fashion_mnist(split)
     expected = {"train": 60000, "test": 10000}[split], 1, 28, 28
-    if tuple(images.shape) != expected:
-        sys.exit(f"the {split} images have the shape {tuple(images.shape)}, but figures need the "
-                 f"whole of Fashion-MNIST, {expected}: see DATA_DIR and IMG_SIZE in script_unet.py")
+    found = tuple(images.shape), labels.bincount(minlength=10).tolist()
+    if found != (expected, [expected[0] // 10] * 10):
+        sys.exit(f"the {split} images of {script_unet.find_data()} have the shape {found[0]} and "
+                 f"{found[1]} of each class, but figures need the whole of Fashion-MNIST, or as "
+                 f"much: {expected}, a tenth a class; see DATA_DIR and IMG_SIZE in script_unet.py")
     return images, labels
 
 
@@ -80,12 +83,19 @@ def cached(name, compute):
         CACHE.mkdir(exist_ok=True)
         beside = path.with_suffix(f".{os.getpid()}")
         try:
-            with open(beside, "wb") as file:    # now: if it cannot be, that shows before the work
-                torch.save(compute(), file)
-                file.flush()
-                os.fsync(file.fileno())
-            if not path.exists():   # of two runs the first one's stays, which the other may use
-                os.replace(beside, path)    # another run never reads half a file
+            beside.touch()  # now: if it cannot be written, that shows before the work
+            torch.save(compute(), data := io.BytesIO())
+            try:
+                with open(beside, "wb") as file:
+                    file.write(data.getbuffer())
+                    file.flush()
+                    os.fsync(file.fileno())
+                if not path.exists():   # of two runs the first one's stays, for both
+                    os.replace(beside, path)    # another run never reads half a file
+            except OSError as error:    # the work of half an hour serves this run at least
+                print(f"cannot keep {path} for other runs ({error.strerror})", flush=True)
+                data.seek(0)
+                return torch.load(data, map_location="cpu", weights_only=True)
         finally:
             beside.unlink(missing_ok=True)
     try:
@@ -343,8 +353,9 @@ def print_table(figures, reals, judge):
         if name in ("frechet", "imagenet") and name in figures:
             print(f"{'  ratio to real images':45}{factor * figures[name] / mean:10.2f}")
     print(f"Sets of as many real test images: {len(reals)}. Frechet distances, their ratios, "
-          "precision and\nrecall depend on n, and all but ImageNet's on the classifier: only "
-          f"figures at n = {figures['n']:,}\nby the same one, here {judge}, compare with these.")
+          "precision and\nrecall depend on n; these and class accuracy, but not ImageNet's, on "
+          f"the classifier: only figures at\nn = {figures['n']:,} by the same one, here {judge}, "
+          "compare with these.")
     if "imagenet" not in figures:
         print("No ImageNet features: pip install -r tests/benchmarks/requirements.txt")
 
@@ -353,7 +364,9 @@ def save_picture(images, path, columns=20):
     """Save the first columns of uint8 images (10 * N, 1, H, W) as a PNG: a tenth of them a row."""
     rows = images.cpu().view(10, -1, *images.shape[1:])[:, :columns]
     grid = script_unet.mosaic(script_unet.to_float(rows.flatten(0, 1)), rows.shape[1])
-    script_unet.Image.fromarray(grid.repeat(2, 0).repeat(2, 1)).save(path)      # twice as large
+    grid = script_unet.Image.fromarray(grid.repeat(2, 0).repeat(2, 1))          # twice as large
+    grid.save(buffer := io.BytesIO(), "PNG")
+    script_unet.atomic_write(path, buffer.getvalue())
 
 
 def per_class(text):
@@ -380,7 +393,8 @@ def main():
                         help="of the null class in what --guide is told; 1: no label; default 0.2, "
                         "but 0 with script_unet.py's LABEL_DROPOUT = 0")
     parser.add_argument("--seed", type=int, help="of the samples, default SEED")
-    parser.add_argument("--classifier-seed", type=int, default=0)
+    parser.add_argument("--classifier-seed", type=int, default=0,
+                        help="of the judge, default 0; another one is trained the first time")
     parser.add_argument("--picture", metavar="PATH", help="save samples as a PNG, a class a row")
     args = parser.parse_args()
 
@@ -421,7 +435,8 @@ def main():
     print(f"evaluate.py {' '.join(sys.argv[1:])}\n{args.samples} samples a class of seed "
           f"{script_unet.SEED}, guidance {script_unet.guidance(model):.3f}, "
           f"{min(script_unet.SAMPLING_STEPS, len(model.abar))} steps, "
-          f"{script_unet.precision(model.abar.device)}, drawn in {seconds:.1f} s; constants "
+          f"{script_unet.precision(model.abar.device)}, drawn in {seconds:.1f} s; real images of "
+          f"{script_unet.find_data()}; constants "
           f"{changed_constants(DRAWN_WITH, model.constants)}"
           + (f"; its guide is told {told:g} of the null class" if guide else ""))
     print_table(evaluate(images, labels, args.classifier_seed), reals,
@@ -433,5 +448,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (script_unet.UserError, OSError) as error:   # an OSError names its file, too
+    except (script_unet.UserError, OSError) as error:   # nearly all of OSErrors name their file
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)

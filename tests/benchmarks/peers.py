@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -72,6 +74,14 @@ class Peer:
 
     def parameters(self):
         return sum(p.numel() for p in self.model.parameters())
+
+    @torch.no_grad()
+    def operations(self):
+        """Of the forward pass of one image, counted as script_unet.model_size() counts ours."""
+        image, label = torch.zeros(1, 1, 28, 28), torch.zeros(1, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # counts all
+            self.loss(image.to(self.device), label.to(self.device))
+        return counter.get_total_flops()
 
     def version(self):
         return f"{self.package} {importlib.metadata.version(self.package)}"

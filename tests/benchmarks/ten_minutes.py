@@ -17,6 +17,7 @@ added apart.
 import argparse
 import ast
 import contextlib
+import io
 import json
 import re
 import sys
@@ -78,13 +79,20 @@ def train_peer(peer, images, labels, seconds, batch_size):
                 bar.update(round(elapsed) - bar.n)
                 if elapsed >= seconds:
                     break
+    if not all(p.isfinite().all() for p in peer.model.parameters()):
+        raise script_unet.UserError("training diverged")
     print(f"trained {elapsed:.0f} s, {updates:,} updates of {batch_size} images, "
           f"{seen / elapsed:.0f} images/s", flush=True)
     return {"updates": updates, "batch size": batch_size, "seconds": elapsed,
             "images/s": seen / elapsed}
 
 
-def measure(args, name, changed, device, train, test):
+def save(content, path):
+    torch.save(content, buffer := io.BytesIO())
+    script_unet.atomic_write(path, buffer.getbuffer())
+
+
+def measure(args, name, changed, device, train, test, data):
     """Train, sample and judge in the working directory."""
     labels = torch.arange(10).repeat_interleave(args.samples)
     torch.manual_seed(args.seed)
@@ -94,21 +102,18 @@ def measure(args, name, changed, device, train, test):
         reals = evaluate.evaluate_real(args.samples, args.classifier_seed)
     machine = (f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
                + (f"{peer.version()}, fp32" if peer else script_unet.precision(device)))
-    print(f"{name}, seed {args.seed}, {machine}" + ("" if peer else f"; constants {changed}"),
-          flush=True)
+    print(f"{name}, seed {args.seed}, {machine}, images of {data}"
+          + ("" if peer else f"; constants {changed}"), flush=True)
     if peer:
         print(f"{peer.parameters():,} parameters")
         trained = train_peer(peer, *train, args.seconds, args.batch_size or peer.batch_size)
         # Before it samples, which may take hours
-        torch.save({part: module.state_dict() for part, module in vars(peer).items()
-                    if isinstance(module, nn.Module)}, "peer.pt")
+        save({part: module.state_dict() for part, module in vars(peer).items()
+              if isinstance(module, nn.Module)}, "peer.pt")
         draw = peer.sample
         asked = labels if peer.conditional else None
     else:
-        try:
-            checkpoint, trained = train_ours(*train, test, args.seconds)
-        except script_unet.UserError as error:  # its advice is for runs that can be resumed
-            sys.exit(f"{re.split('; |, an old', str(error))[0]}: begin anew, with another --output")
+        checkpoint, trained = train_ours(*train, test, args.seconds)
         model, asked = script_unet.load_denoiser(checkpoint), labels
 
         def draw(labels):
@@ -117,17 +122,17 @@ def measure(args, name, changed, device, train, test):
     start = time.perf_counter()
     samples = draw(labels)
     seconds = time.perf_counter() - start
-    torch.save(samples, "samples.pt")
+    save(samples, "samples.pt")
     evaluate.save_picture(samples, "samples.png")
     figures = evaluate.evaluate(samples, asked, args.classifier_seed)
     judge = evaluate.load_classifier(args.classifier_seed).name
-    Path("figures.json").write_text(json.dumps(
-        {"name": name, "figures": figures, "real": reals, "classifier": judge, "seed": args.seed,
-         "seconds": args.seconds, "trained": trained, "machine": machine, "drawn in": seconds,
-         "constants": None if peer else changed}, indent=1))
     print(f"{name}: {len(samples):,} samples drawn in {seconds:.1f} s, see "
           f"{Path('samples.png').absolute()}")
     evaluate.print_table(figures, reals, judge)
+    script_unet.atomic_write("figures.json", json.dumps(
+        {"name": name, "figures": figures, "real": reals, "classifier": judge, "seed": args.seed,
+         "seconds": args.seconds, "trained": trained, "machine": machine, "drawn in": seconds,
+         "data": str(data), "constants": None if peer else changed}, indent=1).encode())
 
 
 def main():
@@ -142,8 +147,9 @@ def main():
     parser.add_argument("--samples", type=evaluate.per_class, default=200, metavar="N",
                         help="images of each class to evaluate, default 200; the peers' samplers "
                         "need up to 1000 steps an image, which may take hours without a GPU")
-    parser.add_argument("--classifier-seed", type=int, default=0)
-    parser.add_argument("--peer", choices=peers.PEERS)
+    parser.add_argument("--classifier-seed", type=int, default=0,
+                        help="of the judge, default 0; another one is trained the first time")
+    parser.add_argument("--peer", choices=peers.PEERS, help="train this one instead of ours")
     parser.add_argument("--batch-size", type=int, help="of the peer, default as published")
     args = parser.parse_args()
     if args.batch_size and not args.peer:
@@ -157,7 +163,7 @@ def main():
     script_unet.CHECKPOINT_PREFIX = "fashion_mnist_diffusion"
     script_unet.PICTURE_DIR = "." if args.peer else "epoch_visualizations"
     changeable = {*script_unet.ALLOWED, "DATA_DIR", "SYSTEM_DATA_DIR"} - {
-        "SEED", "EPOCHS", "RESUME"}
+        "SEED", "EPOCHS", "RESUME", "IMG_SIZE"}
     try:
         for key, value in (constant.split("=", 1) for constant in args.constants):
             if args.peer or key not in changeable:
@@ -175,17 +181,23 @@ def main():
     device = script_unet.pick_device()
     train, test = ([part.to(device) for part in evaluate.real_images(split)]
                    for split in ("train", "test"))  # now: their folder may be a relative one
+    data = script_unet.find_data().absolute()
     if script_unet.BATCH_SIZE > len(train[0]):
         parser.error(f"BATCH_SIZE must be at most {len(train[0])}, got {script_unet.BATCH_SIZE}")
     with contextlib.chdir(folder), script_unet.hold_folder():
-        if any(Path().rglob("*.pt*")) or Path("figures.json").exists():
+        if any(Path().glob("*.pt*")) or Path("figures.json").exists():
             sys.exit(f"{folder} holds an earlier run: move it away, or choose another with "
                      "--output")
-        measure(args, name, changed, device, train, test)
+        try:
+            measure(args, name, changed, device, train, test, data)
+        except script_unet.UserError as error:  # its advice is for runs that can be resumed
+            sys.exit(f"{re.split('; |, an old', str(error))[0]}: begin anew, with another --output")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (script_unet.UserError, OSError) as error:   # an OSError names its file, too
+    except (script_unet.UserError, OSError) as error:   # nearly all of OSErrors name their file
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)

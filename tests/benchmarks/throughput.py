@@ -8,17 +8,19 @@ peers in those of the course that one of the models is from (--peer-batch-size).
 process of its own, as its users run it: ours with keep_freed_memory(), which main() calls, the
 peers with the allocator as it is, or with --keep-freed-memory like ours. They take turns, A B C D
 A B C D ..., so that a machine that slows down slows all of them: a ratio is the median of the
-rounds' ratios, and their range shows whether other work disturbed them. A matrix product is timed
-after each turn of ours, to say what share of the machine's arithmetic the training reaches.
+rounds' ratios, and their range shows whether other work disturbed them. The models differ: MFLOP
+are the operations of one image's forward pass, a multiply-add counted as 2. A matrix product is
+timed after each turn of ours, to say what share of the machine's arithmetic the training reaches.
 """
 
 import argparse
 import os
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from statistics import median
 
 import torch
@@ -70,8 +72,9 @@ contender = {}  # in a contender's process: its step, and the device
 
 
 def set_up(name, keep_freed_memory, peer_batch_size):
-    """Build a contender in this process. Gives its number of parameters and its package."""
+    """Build a contender in this process. Gives its parameters, operations and package."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C: end without a traceback of its own
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     if keep_freed_memory:
         script_unet.keep_freed_memory()
     device = script_unet.pick_device()
@@ -79,10 +82,10 @@ def set_up(name, keep_freed_memory, peer_batch_size):
     if name == "ours":
         trainer = script_unet.Trainer(device)
         contender.update(step=our_step(trainer, images, labels), device=device)
-        return script_unet.model_size(trainer.model)[0], "script_unet.py"
+        return *script_unet.model_size(trainer.model), "script_unet.py"
     peer = peers.PEERS[name](device)
     contender.update(step=peer_step(peer, images, labels, peer_batch_size), device=device)
-    return peer.parameters(), peer.version()
+    return peer.parameters(), peer.operations(), peer.version()
 
 
 def turn(seconds):
@@ -104,11 +107,11 @@ def matrix_product(device, dtype):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="of a turn each, default 7")
     parser.add_argument("--seconds", type=float, default=5, help="of each turn, default 5")
     parser.add_argument("--peers", nargs="*", choices=peers.PEERS, default=list(peers.PEERS),
                         help="default all; without names, ours alone")
-    parser.add_argument("--peer-batch-size", type=int, default=128)
+    parser.add_argument("--peer-batch-size", type=int, default=128, help="default 128")
     parser.add_argument("--keep-freed-memory", action="store_true", help="in the peers as well")
     args = parser.parse_args()
     script_unet.check_constants()
@@ -123,7 +126,6 @@ def main():
           f"{torch.__version__}, batches of {batch_size}, the peers' of {args.peer_batch_size}; "
           f"their allocator is {'set like ours' if args.keep_freed_memory else 'as it is'}")
     script_unet.keep_freed_memory()
-    _, flops = script_unet.model_size(script_unet.FashionMNISTUNetDenoiser().to(device))
     entries = {}
     for name in ("ours", *args.peers):
         process = ProcessPoolExecutor(1, get_context("spawn"))
@@ -135,6 +137,7 @@ def main():
             if name == "ours":
                 raise
             print(f"left out: {error}")
+    flops = entries["ours"][1]
     product = matrix_product(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
 
     rates, shares, products = {name: [] for name in entries}, [], []
@@ -147,12 +150,12 @@ def main():
         print(f"round {number + 1} of {args.rounds}: " + ", ".join(
             f"{name} {values[-1]:.0f}" for name, values in rates.items()) + " images/s", flush=True)
 
-    print(f"\n{'':34}{'precision':>10}{'parameters':>12}{'images/s':>10}{'ours to it':>12}"
-          f"{'least, greatest':>17}")
-    for name, (parameters, package, _) in entries.items():
+    print(f"\n{'':34}{'precision':>10}{'parameters':>12}{'MFLOP':>7}{'images/s':>10}"
+          f"{'ours to it':>12}{'least, greatest':>17}")
+    for name, (parameters, operations, package, _) in entries.items():
         ratios = sorted(ours / theirs for ours, theirs in zip(rates["ours"], rates[name]))
         print(f"{package:34}{dtype if name == 'ours' else 'fp32':>10}{parameters:12,}"
-              f"{median(rates[name]):10.0f}{median(ratios):12.1f}"
+              f"{operations / 1e6:7.1f}{median(rates[name]):10.0f}{median(ratios):12.1f}"
               f"{f'{ratios[0]:.1f} to {ratios[-1]:.1f}':>17}")
     print(f"ours took in {min(rates['ours']):.0f} to {max(rates['ours']):.0f} images/s")
     print(f"ours, medians: {3 * flops * median(rates['ours']) / 1e9:.0f} GFLOP/s (a step as three "
@@ -168,3 +171,5 @@ if __name__ == "__main__":
         main()
     except script_unet.UserError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)

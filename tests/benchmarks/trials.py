@@ -236,5 +236,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (script_unet.UserError, OSError) as error:   # an OSError names its file, too
+    except (script_unet.UserError, OSError) as error:   # nearly all of OSErrors name their file
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
