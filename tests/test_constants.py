@@ -27,7 +27,7 @@ BAD = [
     ("LEARNING_RATE", -1e-3), ("LEARNING_RATE", 0), ("LEARNING_RATE", float("nan")),
     ("LEARNING_RATE", "fast"), ("MUON_LEARNING_RATE", float("inf")), ("WARMUP_STEPS", 0),
     ("WEIGHT_DECAY", -0.1), ("GRADIENT_CLIP", 0), ("DROPOUT", 1.0), ("DROPOUT", -0.1),
-    ("LABEL_DROPOUT", 1.5), ("EMA_GAMMA", -1), ("SEED", -1), ("SEED", "0"),
+    ("LABEL_DROPOUT", 1.5), ("LABEL_DROPOUT", 1.0), ("EMA_GAMMA", -1), ("SEED", -1), ("SEED", "0"),
     ("IMG_SIZE", 15), ("IMG_SIZE", 65), ("IMG_SIZE", 28.0), ("IMG_SIZE", (28, 28)),
     ("PATCH_SIZE", 0), ("PATCH_SIZE", 5), ("PATCH_SIZE", 56),
     ("CHANNELS", 64), ("CHANNELS", (0, 32)), ("CHANNELS", (32.0, 64)), ("CHANNELS", [64, 96, 128]),
@@ -128,6 +128,15 @@ def test_class_names_of_another_number_than_the_models_are_refused(monkeypatch):
     script_unet.check_constants()
 
 
+def test_class_names_in_the_file_are_as_many_as_one_likes(tmp_path):
+    text, found = re.subn(r"(?s)CLASS_NAMES = \(.*?\)", 'CLASS_NAMES = ("shoe", "bag")',
+                          SCRIPT.read_text(), count=1)
+    (tmp_path / "edited.py").write_text(text)
+    edited = load(tmp_path / "edited.py")
+    edited.check_constants()
+    assert found and edited.FashionMNISTUNetDenoiser().class_embedding.num_embeddings == 3
+
+
 @pytest.mark.parametrize("channels, blocks", [
     ((), ()), ((32,) * 5, (1,) * 5), ((32, 64), (1,)), ((32,), (1, 1))])
 def test_channels_and_blocks_must_be_one_to_four_and_as_many(monkeypatch, channels, blocks):
@@ -143,7 +152,8 @@ def test_all_bad_constants_are_named_at_once(monkeypatch):
     assert refused().count("got -1") == 3
 
 
-@pytest.mark.parametrize("start, end", [(1e-4, 0.01), (1e-4, 0.12), (1e-9, 0.02), (0.02, 1e-9)])
+@pytest.mark.parametrize("start, end", [
+    (1e-4, 0.01), (1e-4, 0.0125), (1e-4, 0.12), (1e-9, 0.02), (1e-8, 0.02), (0.02, 1e-9)])
 def test_linear_schedule_that_leaves_some_image_or_has_equal_steps_in_float32_is_refused(
         monkeypatch, start, end):
     for name, value in (("SCHEDULE", "linear"), ("START", start), ("END", end)):
@@ -324,11 +334,32 @@ def test_process_that_writes_nothing_needs_no_disk(tiny, monkeypatch):
     tiny.report(model, "folder", images, images, 1)
 
 
+def test_other_processes_neither_look_for_data_nor_set_checkpoints_aside(tiny, monkeypatch):
+    without_others(monkeypatch)
+    monkeypatch.setattr(tiny, "RANK", 1)
+    checkpoint("last").write_bytes(b"damaged")
+    monkeypatch.setattr(tiny.dist, "broadcast_object_list", lambda found: sys.exit(str(found)))
+    with pytest.raises(SystemExit, match=r"^\[None\]$"):
+        main()
+    assert checkpoint("last").exists()
+
+
 def test_every_constant_but_paths_is_checked(fresh):
     names = set(re.findall(r"^([A-Z_]+) = ", constants_section(), re.MULTILINE))
     paths = {"DATA_DIR", "SYSTEM_DATA_DIR", "PICTURE_DIR", "CHECKPOINT_PREFIX"}
     assert set(fresh.ALLOWED) == names - paths
     fresh.check_constants()
+
+
+def test_script_imports_what_requirements_names_each_with_a_lower_bound_alone():
+    needs = (ROOT / "requirements.txt").read_text().split()
+    assert all(re.fullmatch(r"[a-z]+>=[\d.]+", need) for need in needs)
+    nodes = [node for node in ast.walk(ast.parse(SCRIPT.read_text()))
+             if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {name.split(".")[0] for node in nodes for name in (
+        [node.module] if isinstance(node, ast.ImportFrom) else [x.name for x in node.names])}
+    own = names - set(sys.stdlib_module_names) - {"PIL"}    # which matplotlib needs
+    assert own == {need.split(">=")[0] for need in needs}
 
 
 def test_readme_lists_each_constant_with_its_default_and_its_words():

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import hashlib
+import http.client
 import io
 import os
 import re
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DATA
+from conftest import DATA, raising
 from PIL import Image
 from torchvision.datasets import FashionMNIST
 
@@ -162,6 +163,7 @@ BROKEN = [
     ("images", replaced_header(0x0803, 600, 14, 56), "28 x 28"),
     ("images", lambda data: (RAW / FILES["labels"]).read_bytes(), "28 x 28"),
     ("images", lambda data: gzip.compress(header(0x0803, 0, 28, 28)), "not 4"),
+    ("images", lambda data: gzip.compress(header(0x0803, 3, 28, 28) + bytes(3 * 784)), "not 4"),
     ("labels", lambda data: (RAW / FILES["images"]).read_bytes(), "count"),
     ("labels", lambda data: (RAW / FILES["test labels"]).read_bytes(), "count"),
     ("labels", lambda data: gzip.compress(gzip.decompress(data)[:-1] + b"\12"),
@@ -252,6 +254,12 @@ def test_no_data_names_all_that_was_tried_and_both_remedies(places):
     message = str(caught.value)
     for part in (*places, "download", ".gz files", "apt-get install dataset-fashion-mnist"):
         assert str(part) in message
+
+
+def test_download_that_breaks_off_is_a_download_that_failed(places, monkeypatch):
+    monkeypatch.setattr(FashionMNIST, "download", raising(http.client.IncompleteRead(b"")))
+    with pytest.raises(UserError, match="IncompleteRead.*gz files into.*apt-get install"):
+        find_data()
 
 
 def test_torchvision_that_cannot_be_imported_is_a_download_that_failed(places, monkeypatch):

@@ -78,6 +78,13 @@ def test_q_sample_and_v_are_those_of_diffusers_at_all_t(kind):
     close(x_start_from_v(x_t, t, v, abar), x_start)
 
 
+def test_q_sample_has_the_constants_schedule_unless_told_another(tiny):
+    x_start, noise = random_images(2, 20, 1, 5, 5)
+    t = torch.arange(tiny.NUM_DIFFUSION_STEPS)
+    diffusers = oracle(DDPMScheduler, "cosine", 20)
+    close(q_sample(x_start, t, noise), diffusers.add_noise(x_start, noise, t))
+
+
 def test_q_sample_without_noise_draws_standard_noise(tiny):
     t = torch.full((4,), tiny.NUM_DIFFUSION_STEPS - 1)
     drawn = q_sample(torch.zeros(4, 1, 64, 64), t)
@@ -389,6 +396,10 @@ def test_gaps_between_steps_are_narrowest_at_both_ends_and_widest_half_way():
     times = [t for t, _ in frames_of(model, [0], steps=20, eta=0.0)[0]]
     gaps = -np.diff(times[:-1])
     assert gaps[:3].sum() == gaps[-3:].sum() < gaps[8:11].sum() / 2 and gaps[0] == 2
+    # 22 of 100: i / 21 + .78 of the cubic, worked out by hand
+    times = [t for t, _ in frames_of(model, [0], steps=22, eta=0.0)[0]]
+    assert times == [99, 97, 95, 92, 88, 83, 77, 72, 66, 59, 53,
+                     46, 40, 33, 27, 22, 16, 11, 7, 4, 2, 0, -1]
 
 
 # Guidance

@@ -1,5 +1,6 @@
 """The pictures of an epoch, the losses' and the final ones: what they show, and where."""
 
+import copy
 import string
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, same
 from matplotlib.figure import Figure
 from PIL import Image, ImageSequence
 from torchvision.datasets import FashionMNIST
@@ -87,6 +88,7 @@ def test_style_of_a_users_does_not_change_the_clothes(tiny, monkeypatch, figures
     monkeypatch.setattr(tiny, "sample", coded_sample(lambda c, j, k: 17 + c))
     style = {"axes.grid": True, "axes.grid.which": "both", "grid.color": "red",
              "image.origin": "lower", "image.aspect": "auto", "image.cmap": "hot",
+             "image.interpolation": "bilinear",
              "xtick.minor.visible": True, "ytick.minor.visible": True}
     with matplotlib.rc_context(style):
         generate_visualizations(FashionMNISTUNetDenoiser(), 7)
@@ -97,6 +99,7 @@ def test_style_of_a_users_does_not_change_the_clothes(tiny, monkeypatch, figures
     for figure in figures:
         axes, = figure.axes
         assert axes.yaxis_inverted() and axes.get_aspect() == 1     # the first class above
+        assert axes.images[0].get_interpolation() == "nearest"
 
 
 @pytest.mark.parametrize("scale, epochs, shown", [(2.5, 20, "2.5"), (0.0, 50, "1.65")])
@@ -120,10 +123,12 @@ def test_pictures_name_classes_steps_epoch_and_guidance(
             assert list(ticks) == [30 * i + 15 for i in range(count)]   # the middle of each cell
     names = [[label.get_text() for label in figure.axes[0].get_xticklabels()]
              for figure in figures]
+    kinds = [figure.axes[0].get_title().split(",")[0] for figure in figures]
+    assert kinds == ["Samples", "Noise to image"] and names[0] == ["1", "2", "3"]
     visited = []
     sample(FashionMNISTUNetDenoiser(), [0], callback=lambda t, x_t: visited.append(t))
     assert visited[0] == 19 and visited[-1] == -1 and len(visited) == 5
-    assert any(["t = 19", f"t = {t}", "image"] in names for t in visited[1:3])
+    assert any(["t = 19", f"t = {t}", "image"] == names[1] for t in visited[1:3])
 
 
 def test_pictures_of_a_run_are_guided(tiny, monkeypatch):
@@ -131,8 +136,10 @@ def test_pictures_of_a_run_are_guided(tiny, monkeypatch):
     monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 2)
     trainer, asked = Trainer(torch.device("cpu")), []
     trainer.guide.register_forward_hook(lambda *_: asked.append(1))
+    before = copy.deepcopy(trainer.guide.state_dict())
     generate_visualizations(trainer.average, 1)
     assert len(asked) == TINY["SAMPLING_STEPS"]
+    assert same(trainer.guide.state_dict(), before)     # batch normalization's statistics, too
 
 
 def test_pictures_of_all_epochs_start_from_the_same_noise_in_one_batch(tiny, monkeypatch):

@@ -22,8 +22,8 @@ from PIL import Image
 import script_unet
 from script_unet import UserError, main, read_checkpoint
 
-LONG = ["EPOCHS = 24", "CHECKPOINT_EVERY = 5", "PICTURE_COLUMNS = 2", "note_memory()",
-        "plain_figures()"]
+LONG = ["EPOCHS = 24", "CHECKPOINT_EVERY = 5", "PICTURE_COLUMNS = 2", "GUIDANCE_SCALE = 0.0",
+        "note_memory()", "plain_figures()"]
 
 
 def start(folder, *lines, processes=1):

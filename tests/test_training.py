@@ -501,6 +501,8 @@ DAMAGES = {     # what becomes of a checkpoint's bytes
     "malicious": lambda data: saved({**torch.load(io.BytesIO(data), weights_only=True),
                                      "progress": Malice()}),
     "foreign": lambda data: saved({"epoch": 3, "state_dict": {}}),
+    "without an optimizer": lambda data: saved({name: part for name, part in torch.load(
+        io.BytesIO(data), weights_only=True).items() if name != "muon"}),
     "a list": lambda data: saved([1, 2])}
 
 
@@ -837,6 +839,31 @@ def test_divergence_stops_the_run_before_anything_good_is_overwritten(
     if spoil is nan_loss:   # from the same files as the others
         run()
         assert_as_undisturbed(undisturbed)
+
+
+@pytest.mark.parametrize("loss", [10.0, 20.0, float("inf"), float("nan")])
+def test_loss_of_a_dozen_times_an_untrained_models_is_divergence(loss):
+    assert script_unet.check_loss(2.0) == 2.0
+    with pytest.raises(UserError, match="diverged"):
+        script_unet.check_loss(loss)
+
+
+def test_batch_may_be_all_images_or_two(run, monkeypatch, pictures):
+    monkeypatch.setattr(script_unet, "BATCH_SIZE", 600)
+    run()
+    assert [int(row["step"]) for row in log_rows()] == list(range(1, script_unet.EPOCHS + 1))
+    monkeypatch.setattr(script_unet, "BATCH_SIZE", 2)
+    trainer = Trainer(CPU)
+    trainer.step(*pictures)
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_of_equally_good_epochs_the_first_is_the_best(run, monkeypatch):
+    loss = dict.fromkeys(("loss", *script_unet.NOISE_LEVELS), 0.5)
+    monkeypatch.setattr(script_unet, "heldout_loss", lambda *_args: loss)
+    run()
+    progress = read_checkpoint(checkpoint("last"))["progress"]
+    assert (progress["epoch"], progress["best_epoch"]) == (script_unet.EPOCHS, 1)
 
 
 def test_divergence_is_noticed_within_the_epoch(run, monkeypatch):
@@ -1233,6 +1260,7 @@ def test_losses_are_averaged_in_thirds_of_the_steps():
 
 def test_pictures_and_metrics_leave_all_random_state_alone(tiny, monkeypatch):
     monkeypatch.setattr(tiny, "SAMPLING_ETA", 1.0)
+    monkeypatch.setattr(tiny, "GUIDANCE_SCALE", 2.0)
     monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 2)
     trainer, (images, labels) = Trainer(CPU), load_fashion_mnist("test")
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()
