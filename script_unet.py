@@ -89,7 +89,8 @@ def again():  # for messages: RESUME = False would set aside what there is to go
     return f"run the same command again{'' if RESUME else ' with RESUME = True'}"
 def say(text):  # print it at once; where standard output has gone away, on standard error
     for name in [x for x in ("stdout", "stderr") if vars(sys)[x]]:
-        with contextlib.suppress(OSError): return print(text, file=vars(sys)[name], flush=True)
+        with contextlib.suppress(OSError, ValueError):  # ValueError: closed, or cannot encode it
+            return print(text, file=vars(sys)[name], flush=True)
         setattr(sys, name, None)  # or Python's last flush would fail, and change the exit status
 def model_constants(others=None):  # as they are now, but for these others
     return {name: globals()[name] for name in MODEL_CONSTANTS} | (others or {})
@@ -345,7 +346,7 @@ def x_start_from_v(x_t, t, v, abar):
 
 def posterior(x_start, x_t, abar_t, abar_next, eta=1.0):
     """Mean (B, 1, H, W) and standard deviation of q(x_next | x_t, x_start), [3] eq. 7 and 16.
-    abar_t < abar_next <= 1: floats; x_next has less noise, at 1 none. eta 1: DDPM's, [1] eq. 7."""
+    abar_t < 1 and abar_next, from abar_t to 1 (no noise): floats. eta 1: DDPM's, [1] eq. 7."""
     noise = (x_t - math.sqrt(abar_t) * x_start) / math.sqrt(1 - abar_t)
     std = eta * math.sqrt((1 - abar_next) / (1 - abar_t) * (1 - abar_t / abar_next))
     return math.sqrt(abar_next) * x_start + math.sqrt(max(0, 1 - abar_next - std**2)) * noise, std
@@ -499,7 +500,7 @@ def draw_classes(images, names, title, path):
     axes = figure.add_subplot(title=title)
     axes.imshow(mosaic(images, columns), cmap="gray", vmin=0, vmax=255, interpolation="nearest",
                 origin="upper", aspect="equal")     # whatever a user's style says
-    axes.set_yticks([cell * (row + 0.5) for row in range(NUM_CLASSES)], CLASS_NAMES)
+    axes.set_yticks([cell * (i + 0.5) for i in range(NUM_CLASSES)], CLASS_NAMES, parse_math=False)
     axes.set_xticks([cell * (column + 0.5) for column in range(columns)], names)
     axes.tick_params(which="both", length=0, grid_alpha=0)  # a style's grid crosses the clothes
     save_figure(figure, path)
@@ -584,7 +585,7 @@ def newest_checkpoint(constants):
             state = read_checkpoint(path)
             if (step := state["progress"]["step"]) > last: last, newest, found = step, path, state
         except UserError as error:
-            if isinstance(e := error.__cause__, (OSError, MemoryError)) or "memory" in str(e): raise
+            if isinstance(e := error.__cause__, (OSError, MemoryError)) or "alloc" in str(e): raise
             aside = next(new for i in range(1, 9999) if not (new := Path(f"{path}.{i}")).exists())
             path.rename(aside)
             say(f"{error}: {path} is kept as {aside}")
@@ -599,9 +600,8 @@ def newest_checkpoint(constants):
 # ---- Training ----------------------------------------------------------------------------------
 def keep_freed_memory():
     """Let glibc reuse freed memory: mapping it anew costs a CPU a quarter of its speed."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(-4, 0)            # M_MMAP_MAX
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD
+    if platform.libc_ver()[0] == "glibc":   # M_MMAP_MAX and M_TRIM_THRESHOLD
+        for option in ((-4, 0), (-1, 2**31 - 1)): ctypes.CDLL(None).mallopt(*option)
 
 def over_processes(tensor, operation="SUM"):
     """The tensor's sum, or another of dist.ReduceOp, over the processes of this run."""
@@ -742,19 +742,19 @@ def train(trainer, images, labels, heldout, stop):
     with tqdm(total=EPOCHS * per_epoch, initial=now["epoch"] * per_epoch + now["position"],
               unit=" images", smoothing=0, disable=RANK > 0 or not sys.stderr or None) as bar:
         while now["epoch"] < EPOCHS or now["position"]:  # an epoch begun is ended, if EPOCHS fell
-            began, position = time.perf_counter(), now["position"]
+            began, first, seen = time.perf_counter(), now["position"], now["sums"].to(images.device)
             bar.set_description(f"epoch {now['epoch'] + 1}/{EPOCHS}")
             while now["position"] + BATCH_SIZE <= len(images):
                 trainer.step(images, labels)
-                if now["step"] % 20 == 0 or stop:
-                    loss = check_loss(mean_losses(now["sums"])["loss"])
+                if now["step"] % 20 == 0 or stop or now["position"] + BATCH_SIZE > len(images):
+                    loss, seen = check_loss(mean_losses(now["sums"] - seen)["loss"]), now["sums"]
                     bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
                 bar.update(BATCH_SIZE)
                 exit_if_asked(trainer, images, labels, stop)
-            rate = (now["position"] - position) / (time.perf_counter() - began)
+            rate = (now["position"] - first) / (time.perf_counter() - began)
             finish_epoch(trainer, images, labels, heldout)
             row, best = now["history"][-1], " (best)" if now["best_epoch"] == now["epoch"] else ""
-            seconds = time.perf_counter() - began + position / (rate or math.inf)  # a whole epoch
+            seconds = time.perf_counter() - began + first / (rate or math.inf)  # a whole epoch
             with bar.external_write_mode():
                 say(f"epoch {now['epoch']}/{EPOCHS}: loss {row['train_loss']:.4f}, held out "
                     f"{row['heldout_loss']:.4f}{best}, {rate:.0f} images/s, {seconds:.0f} s, "
@@ -775,7 +775,7 @@ ALLOWED = {
     "BETA_END": (0.02, 1e-9, 1), "SAMPLING_STEPS": (22, 1, 1e5), "SAMPLING_ETA": (0.0, 0, 1),
     "SAMPLING_GRAIN": (0.75, 0, 10), "GUIDANCE_SCALE": (0.0, 0, 100),
     "PRECISION": ("auto", "bf16", "fp32"), "RESUME": (True, False),
-    "CHECKPOINT_EVERY": (10, 1, 1e6), "PICTURE_COLUMNS": (10, 2, 100)}
+    "CHECKPOINT_EVERY": (10, 1, 1e6), "PICTURE_COLUMNS": (10, 2, 100), "NUM_CLASSES": (10, 1, 256)}
 def check_constants():
     """Raise UserError naming each constant that cannot work, what is allowed and what it is."""
     wrong = []
@@ -800,7 +800,7 @@ def check_constants():
 
 @contextlib.contextmanager
 def hold_folder():
-    """Lock the working directory (till the process ends). UserError: held, or not writable."""
+    """Lock the working directory (or till the process ends). UserError: held, or not writable."""
     path = Path(".fashion_mnist_diffusion.lock")
     try:
         for folder in (Path(), Path(PICTURE_DIR), checkpoint_path("last").parent):
@@ -834,7 +834,7 @@ def report(model, folder, images, heldout, epochs_left):
         f"constants  {', '.join(changed) or 'all at their defaults'}\noutputs    "
         f"{checkpoint_path('*')}, training_loss.png, training_log.csv, {Path(PICTURE_DIR)}/")
     need = 20 * parameters * (4 + EPOCHS // CHECKPOINT_EVERY) + 10**6 * epochs_left  # bytes
-    saved = sum(p.stat().st_size for p in find_checkpoints())
+    saved = sum(p.stat().st_size for p in find_checkpoints() if not RANK)
     if not RANK and (free := shutil.disk_usage(checkpoint_path("last").parent).free + saved) < need:
         raise UserError(f"{checkpoint_path('*').absolute()}: {free / 1e6:.0f} MB free, with these, "
                         f"{need / 1e6:.0f} needed: free some, raise CHECKPOINT_EVERY, lower EPOCHS")
@@ -881,7 +881,7 @@ def main():
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()) if RANK else hold_folder())
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):  # old handlers come back at the end
-                stack.callback(signal.signal, number, signal.signal(number, remember))
+                stack.callback(signal.signal, number, signal.signal(number, remember) or 0)
         if WORLD_SIZE == 1: return run(stop)
         try:
             if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

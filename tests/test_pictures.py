@@ -131,6 +131,16 @@ def test_pictures_name_classes_steps_epoch_and_guidance(
     assert any(["t = 19", f"t = {t}", "image"] == names[1] for t in visited[1:3])
 
 
+def test_class_names_are_drawn_as_they_are_written(tiny, monkeypatch, figures):
+    names = ("$$", "$_$", "US$/A$", "{x}", "a_b^c", "\\alpha", "%d", "#", "&", "Größe")
+    monkeypatch.setattr(tiny, "CLASS_NAMES", names)
+    generate_visualizations(FashionMNISTUNetDenoiser(), 7)
+    for figure in figures:
+        drawn = figure.axes[0].get_yticklabels()
+        assert tuple(label.get_text() for label in drawn) == names
+        assert not any(label.get_parse_math() for label in drawn)
+
+
 def test_pictures_of_a_run_are_guided(tiny, monkeypatch):
     monkeypatch.setattr(tiny, "GUIDANCE_SCALE", 2.0)
     monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 2)

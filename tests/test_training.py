@@ -211,6 +211,16 @@ def test_first_line_says_what_the_cpu_computes_in(tiny, monkeypatch, capsys, has
     assert re.match(rf"device     cpu \(.*\), {said}, ", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("closed", [True, False])
+def test_what_standard_output_cannot_take_is_said_on_standard_error(monkeypatch, capsys, closed):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    if closed:
+        stdout.close()
+    script_unet.say("Größe")
+    assert capsys.readouterr().err == "Größe\n"
+
+
 def test_lines_of_a_run_say_its_steps_its_losses_and_which_epoch_was_best(
         run, monkeypatch, capsys):
     plan_heldout_losses(monkeypatch, 1.0, 0.5, 0.7)
@@ -581,7 +591,7 @@ def test_files_of_other_runs_are_no_checkpoints_of_this_one(run, undisturbed, mo
 
 @pytest.mark.parametrize("error", [
     PermissionError("not permitted"), MemoryError("too large"),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory")])    # torch's own
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError("std::bad_alloc")])
 def test_unreadable_checkpoint_ends_the_run_and_stays_in_its_place(
         run, undisturbed, monkeypatch, error):
     path = checkpoint("last")
@@ -864,6 +874,15 @@ def test_of_equally_good_epochs_the_first_is_the_best(run, monkeypatch):
     run()
     progress = read_checkpoint(checkpoint("last"))["progress"]
     assert (progress["epoch"], progress["best_epoch"]) == (script_unet.EPOCHS, 1)
+
+
+def test_divergence_in_an_epochs_last_steps_is_not_hidden_by_the_others(run, monkeypatch):
+    monkeypatch.setattr(script_unet, "BATCH_SIZE", 24)      # 25 steps an epoch
+    # On average of the epoch's steps 6 more, of the last ten, from the 41st of all on, 15
+    diverge_at(monkeypatch, 47, lambda losses: losses + 150)
+    with pytest.raises(UserError, match="diverged"):
+        run()
+    assert read_checkpoint(checkpoint("last"))["progress"]["epoch"] == 1
 
 
 def test_divergence_is_noticed_within_the_epoch(run, monkeypatch):

@@ -163,7 +163,7 @@ def main():
     script_unet.CHECKPOINT_PREFIX = "fashion_mnist_diffusion"
     script_unet.PICTURE_DIR = "." if args.peer else "epoch_visualizations"
     changeable = {*script_unet.ALLOWED, "DATA_DIR", "SYSTEM_DATA_DIR"} - {
-        "SEED", "EPOCHS", "RESUME", "IMG_SIZE"}
+        "SEED", "EPOCHS", "RESUME", "IMG_SIZE", "NUM_CLASSES"}
     try:
         for key, value in (constant.split("=", 1) for constant in args.constants):
             if args.peer or key not in changeable:
