@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import re
 import runpy
 import shutil
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, awake, checkpoint, raising, same
+from conftest import DATA, ROOT, awake, checkpoint, raising, same
 
 import script_unet
 from script_unet import UserError, check_constants, main
@@ -391,6 +392,19 @@ def test_mistake_of_the_user_ends_the_command_with_one_line_and_no_traceback(tmp
                           capture_output=True, timeout=120)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "EPOCHS must be" in done.stderr
+
+
+def test_letters_that_standard_output_does_not_know_are_no_error(tmp_path):
+    text = SCRIPT.read_text()
+    for constant in (f"DATA_DIR = '{DATA}'", "CHECKPOINT_PREFIX = 'größe'", "BATCH_SIZE = 601"):
+        text = re.sub(rf"(?m)^{constant.split()[0]} = \S+", constant, text)
+    (tmp_path / "script_unet.py").write_text(text)
+    (tmp_path / "größe_last.pt").write_bytes(b"damaged")
+    done = subprocess.run([sys.executable, "script_unet.py"], cwd=tmp_path, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"},
+                          capture_output=True, timeout=120)
+    assert "BATCH_SIZE must be" in done.stderr and "Traceback" not in done.stderr
+    assert r"is kept as gr\xf6\xdfe_last.pt.1" in done.stdout
 
 
 @pytest.mark.parametrize("notebook, answer", [(False, script_unet.__doc__),

@@ -13,7 +13,7 @@ from conftest import checkpoint, log_rows
 import peers
 import ten_minutes
 import throughput
-from script_unet import Trainer, read_checkpoint
+from script_unet import Trainer, UserError, read_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -196,6 +196,39 @@ def test_peers_ten_minutes_are_judged_and_kept(tiny, monkeypatch, tmp_path, caps
     with pytest.raises(SystemExit, match="training diverged: begin anew, with another --output"):
         ten_minutes.main()
     assert len(judged) == 1
+
+
+def test_peer_whose_package_is_missing_is_said_to_be_installed_not_begun_anew(
+        tiny, monkeypatch, tmp_path):
+    data = torch.zeros(600, 1, 28, 28).byte(), torch.arange(600) % 10
+    monkeypatch.setattr(ten_minutes.evaluate, "real_images", lambda _split: data)
+    monkeypatch.setattr(tiny, "keep_freed_memory", lambda: None)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setattr("sys.argv", ["ten_minutes.py", "--output", "here", "--peer", "diffusers"])
+    with pytest.raises(UserError, match="diffusers.*pip install -r tests/benchmarks/req.*txt$"):
+        ten_minutes.main()
+
+
+@pytest.mark.parametrize("what", ["samples.pt", "samples.png"])
+def test_samples_that_cannot_be_kept_are_judged_all_the_same(
+        tiny, monkeypatch, tmp_path, capsys, what):
+    data = torch.zeros(600, 1, 28, 28).byte(), torch.arange(600) % 10
+    for name, value in (("real_images", lambda _split: data), ("evaluate_real", lambda *_: []),
+                        ("evaluate", lambda *_: {"n": 20}), ("print_table", lambda *_: None),
+                        ("load_classifier", lambda _seed: SimpleNamespace(name="judge"))):
+        monkeypatch.setattr(ten_minutes.evaluate, name, value)
+
+    def train(*_args):
+        Trainer(CPU).save("last")
+        Path(what).mkdir()      # so it cannot be written
+        return checkpoint("last").absolute(), {"updates": 0}
+
+    monkeypatch.setattr(ten_minutes, "train_ours", train)
+    monkeypatch.setattr(tiny, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr("sys.argv", ["ten_minutes.py", "--samples", "2", "--output", "here"])
+    ten_minutes.main()
+    assert f"{what} (Is a directory)" in capsys.readouterr().out
+    assert json.loads(Path("here", "figures.json").read_text())["figures"] == {"n": 20}
 
 
 def test_step_of_a_peer_is_an_update_along_its_batchs_clipped_gradient():

@@ -211,16 +211,6 @@ def test_first_line_says_what_the_cpu_computes_in(tiny, monkeypatch, capsys, has
     assert re.match(rf"device     cpu \(.*\), {said}, ", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("closed", [True, False])
-def test_what_standard_output_cannot_take_is_said_on_standard_error(monkeypatch, capsys, closed):
-    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", stdout)
-    if closed:
-        stdout.close()
-    script_unet.say("Größe")
-    assert capsys.readouterr().err == "Größe\n"
-
-
 def test_lines_of_a_run_say_its_steps_its_losses_and_which_epoch_was_best(
         run, monkeypatch, capsys):
     plan_heldout_losses(monkeypatch, 1.0, 0.5, 0.7)

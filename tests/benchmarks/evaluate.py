@@ -76,9 +76,14 @@ def data_digest():
     return digest.hexdigest()
 
 
+unkept = {}     # what a full disk did not take, by path
+
+
 def cached(name, compute):
     """compute()'s result, or what an earlier run kept of it, with the same data, by this name."""
     path = CACHE / f"{name}_data{data_digest()}_recipe{RECIPE}.pt"
+    if path in unkept:
+        return unkept[path]
     if not path.exists():
         CACHE.mkdir(exist_ok=True)
         beside = path.with_suffix(f".{os.getpid()}")
@@ -95,7 +100,8 @@ def cached(name, compute):
             except OSError as error:    # the work of half an hour serves this run at least
                 print(f"cannot keep {path} for other runs ({error.strerror})", flush=True)
                 data.seek(0)
-                return torch.load(data, map_location="cpu", weights_only=True)
+                unkept[path] = torch.load(data, map_location="cpu", weights_only=True)
+                return unkept[path]
         finally:
             beside.unlink(missing_ok=True)
     try:

@@ -92,16 +92,14 @@ def save(content, path):
     script_unet.atomic_write(path, buffer.getbuffer())
 
 
-def measure(args, name, changed, device, train, test, data):
+def measure(args, name, changed, peer, train, test, data):
     """Train, sample and judge in the working directory."""
     labels = torch.arange(10).repeat_interleave(args.samples)
-    torch.manual_seed(args.seed)
-    peer = peers.PEERS[args.peer](device) if args.peer else None
     with torch.random.fork_rng():   # the peer's random numbers stay as they were
         # Now, as it may fail, or train the classifier
         reals = evaluate.evaluate_real(args.samples, args.classifier_seed)
-    machine = (f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-               + (f"{peer.version()}, fp32" if peer else script_unet.precision(device)))
+    machine = (f"{train[0].device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+               + (f"{peer.version()}, fp32" if peer else script_unet.precision(train[0].device)))
     print(f"{name}, seed {args.seed}, {machine}, images of {data}"
           + ("" if peer else f"; constants {changed}"), flush=True)
     if peer:
@@ -122,8 +120,11 @@ def measure(args, name, changed, device, train, test, data):
     start = time.perf_counter()
     samples = draw(labels)
     seconds = time.perf_counter() - start
-    save(samples, "samples.pt")
-    evaluate.save_picture(samples, "samples.png")
+    try:
+        save(samples, "samples.pt")
+        evaluate.save_picture(samples, "samples.png")
+    except script_unet.UserError as error:  # they may have taken hours: judged all the same
+        print(str(error).split("; ")[0])
     figures = evaluate.evaluate(samples, asked, args.classifier_seed)
     judge = evaluate.load_classifier(args.classifier_seed).name
     print(f"{name}: {len(samples):,} samples drawn in {seconds:.1f} s, see "
@@ -188,8 +189,10 @@ def main():
         if any(Path().glob("*.pt*")) or Path("figures.json").exists():
             sys.exit(f"{folder} holds an earlier run: move it away, or choose another with "
                      "--output")
+        torch.manual_seed(args.seed)
+        peer = peers.PEERS[args.peer](device) if args.peer else None
         try:
-            measure(args, name, changed, device, train, test, data)
+            measure(args, name, changed, peer, train, test, data)
         except script_unet.UserError as error:  # its advice is for runs that can be resumed
             sys.exit(f"{re.split('; |, an old', str(error))[0]}: begin anew, with another --output")
 

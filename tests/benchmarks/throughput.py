@@ -74,6 +74,7 @@ contender = {}  # in a contender's process: its step, and the device
 def set_up(name, keep_freed_memory, peer_batch_size):
     """Build a contender in this process. Gives its parameters, operations and package."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C: end without a traceback of its own
+    # If the parent is killed, end as well
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     if keep_freed_memory:
         script_unet.keep_freed_memory()
