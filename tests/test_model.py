@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import re
 
 import numpy as np
 import pytest
@@ -345,6 +346,19 @@ def test_default_model_fits_its_budget():
     for said in (f"{parameters / 1e6:.2f} M parameters and {flops / 1e6:.1f} MFLOP per image",
                  f"{parameters:,} parameters, {flops / 1e6:.1f} MFLOP per image"):
         assert said in (ROOT / "README.md").read_text()
+
+
+def test_readmes_drawing_shows_the_sizes_of_the_default_models_maps():
+    model, shapes = FashionMNISTUNetDenoiser(), {}
+    for part in (*model.downs, *model.ups, model.middle):
+        part.register_forward_hook(lambda part, _x, y: shapes.update({part: tuple(y.shape[1:])}))
+    x_t, label = torch.zeros(1, 1, 28, 28), torch.zeros(1, dtype=torch.long)
+    v = model.eval()(x_t, label, label)
+    left = [tuple(x_t.shape[1:]), *(shapes[down] for down in model.downs)]
+    right = [tuple(v.shape[1:]), *(shapes[up] for up in reversed(model.ups)), shapes[model.middle]]
+    drawing = re.search("```\n(x_t: .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    drawn = [tuple(map(int, size)) for size in re.findall(r"(\d+) x (\d+) x (\d+)", drawing)]
+    assert drawn == [size for pair in zip(left, right) for size in pair]
 
 
 def test_format_is_another_one_when_the_weights_are():
