@@ -227,7 +227,7 @@ def test_samples_that_cannot_be_kept_are_judged_all_the_same(
     monkeypatch.setattr(tiny, "keep_freed_memory", lambda: None)
     monkeypatch.setattr("sys.argv", ["ten_minutes.py", "--samples", "2", "--output", "here"])
     ten_minutes.main()
-    assert f"{what} (Is a directory)" in capsys.readouterr().out
+    assert f"{what} (Is a directory)\n" in capsys.readouterr().out
     assert json.loads(Path("here", "figures.json").read_text())["figures"] == {"n": 20}
 
 
