@@ -747,7 +747,7 @@ def train(trainer, images, labels, heldout, stop):
                 trainer.step(images, labels)
                 if now["step"] % 20 == 0 or stop or now["position"] + BATCH_SIZE > len(images):
                     loss, seen = check_loss(mean_losses(now["sums"] - seen)["loss"]), now["sums"]
-                    bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+                    bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)  # of the last 1 to 20
                 bar.update(BATCH_SIZE)
                 exit_if_asked(trainer, images, labels, stop)
             rate = (now["position"] - first) / (time.perf_counter() - began)

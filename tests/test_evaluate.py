@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint
+from conftest import checkpoint, raising
 from PIL import Image
 
 import evaluate
@@ -197,11 +197,18 @@ def test_table_shows_the_mean_and_range_of_real_images_and_the_ratio_to_the_mean
     assert numbers[3][1:] == ["2.50"]
 
 
-def test_figures_of_a_name_are_computed_once_and_a_failure_leaves_no_file(monkeypatch, tmp_path):
+@pytest.fixture
+def data(monkeypatch, tmp_path):
+    """Two images and their labels as all the data, and an empty cache beside them."""
     data = torch.zeros(2, 1, 28, 28).byte(), torch.zeros(2).long()
     monkeypatch.setattr(evaluate, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(evaluate, "real_images", lambda _split: data)
     evaluate.data_digest.cache_clear()
+    yield data
+    evaluate.data_digest.cache_clear()
+
+
+def test_figures_of_a_name_are_computed_once_and_a_failure_leaves_no_file(data, tmp_path):
     with pytest.raises(ZeroDivisionError):
         evaluate.cached("one", lambda: 1 / 0)
     assert not list((tmp_path / "cache").iterdir())
@@ -217,16 +224,8 @@ def test_figures_of_a_name_are_computed_once_and_a_failure_leaves_no_file(monkey
 
 
 def test_figures_that_a_full_disk_cannot_keep_serve_the_run_that_made_them(
-        monkeypatch, tmp_path, capsys):
-    data = torch.zeros(2, 1, 28, 28).byte(), torch.zeros(2).long()
-    monkeypatch.setattr(evaluate, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(evaluate, "real_images", lambda _split: data)
-    evaluate.data_digest.cache_clear()
-
-    def full(_file):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+        data, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(os, "fsync", raising(OSError(28, "No space left on device")))
     monkeypatch.setattr(evaluate, "unkept", {})
     assert evaluate.cached("one", lambda: {"n": torch.tensor(4)}) == {"n": 4}
     assert evaluate.cached("one", lambda: 1 / 0) == {"n": 4}    # made once

@@ -92,16 +92,24 @@ def test_ten_minutes_are_as_many_whole_epochs_as_fit_by_the_measured_rate(
     assert read_checkpoint(path)["progress"]["epoch"] == epochs == len(log_rows())
 
 
+@pytest.fixture
+def judged(tiny, monkeypatch):
+    """ten_minutes.py on 600 black images, without its judge: a list of what was to be judged."""
+    data, judged = (torch.zeros(600, 1, 28, 28).byte(), torch.arange(600) % 10), []
+    for name, value in (("real_images", lambda _split: data), ("evaluate_real", lambda *_: []),
+                        ("evaluate", lambda *args: judged.append(args) or {"n": 20}),
+                        ("print_table", lambda *_: None),
+                        ("load_classifier", lambda _seed: SimpleNamespace(name="judge"))):
+        monkeypatch.setattr(ten_minutes.evaluate, name, value)
+    monkeypatch.setattr(tiny, "keep_freed_memory", lambda: None)
+    return judged
+
+
 def test_ten_minutes_write_to_their_folder_alone_and_say_which_constants_were_changed(
-        tiny, monkeypatch, tmp_path):
+        tiny, judged, monkeypatch, tmp_path):
     for name, value in (("CHECKPOINT_PREFIX", str(tmp_path / "long")), ("SAMPLING_ETA", 0.5),
                         ("PICTURE_DIR", str(tmp_path / "long_pictures"))):
         monkeypatch.setattr(tiny, name, value)
-    images = torch.zeros(600, 1, 28, 28).byte(), torch.arange(600) % 10
-    for name, value in (("real_images", lambda _split: images), ("evaluate_real", lambda *_: []),
-                        ("evaluate", lambda *_: {"n": 20}), ("print_table", lambda *_: None),
-                        ("load_classifier", lambda _seed: SimpleNamespace(name="judge"))):
-        monkeypatch.setattr(ten_minutes.evaluate, name, value)
 
     def train(*_args):
         assert tiny.SEED == 7
@@ -111,7 +119,6 @@ def test_ten_minutes_write_to_their_folder_alone_and_say_which_constants_were_ch
         return checkpoint("last").absolute(), {"updates": 0}
 
     monkeypatch.setattr(ten_minutes, "train_ours", train)
-    monkeypatch.setattr(tiny, "keep_freed_memory", lambda: None)
     monkeypatch.setattr("sys.argv", ["ten_minutes.py", "--samples", "2", "--output", "results",
                                      "--seed", "7", "BLOCKS=(0, 1)"])
     ten_minutes.main()
@@ -165,18 +172,11 @@ def test_operations_of_a_peer_are_those_of_one_images_loss(tiny):
     assert peer.operations() == 2 * 28 * 28 * 9 * 4
 
 
-def test_peers_ten_minutes_are_judged_and_kept(tiny, monkeypatch, tmp_path, capsys):
-    train, judged = (torch.zeros(600, 1, 28, 28).byte(), torch.arange(600) % 10), []
-    for name, value in (("real_images", lambda _split: train), ("evaluate_real", lambda *_: []),
-                        ("evaluate", lambda *args: judged.append(args) or {"n": 20}),
-                        ("print_table", lambda *_: None),
-                        ("load_classifier", lambda _seed: SimpleNamespace(name="judge"))):
-        monkeypatch.setattr(ten_minutes.evaluate, name, value)
+def test_peers_ten_minutes_are_judged_and_kept(tiny, judged, monkeypatch):
     monkeypatch.setattr(Line, "package", "torch", raising=False)
     monkeypatch.setattr(Line, "generate", lambda self, labels: (labels / 127.5 - 1).view(
         -1, 1, 1, 1).expand(-1, 1, 28, 28))
     monkeypatch.setitem(peers.PEERS, "diffusers", Line)
-    monkeypatch.setattr(tiny, "keep_freed_memory", lambda: None)
     monkeypatch.setattr("sys.argv", ["ten_minutes.py", "--samples", "2", "--output", "results",
                                      "--peer", "diffusers", "--seconds", ".001", "--seed", "3"])
     ten_minutes.main()
@@ -199,10 +199,7 @@ def test_peers_ten_minutes_are_judged_and_kept(tiny, monkeypatch, tmp_path, caps
 
 
 def test_peer_whose_package_is_missing_is_said_to_be_installed_not_begun_anew(
-        tiny, monkeypatch, tmp_path):
-    data = torch.zeros(600, 1, 28, 28).byte(), torch.arange(600) % 10
-    monkeypatch.setattr(ten_minutes.evaluate, "real_images", lambda _split: data)
-    monkeypatch.setattr(tiny, "keep_freed_memory", lambda: None)
+        judged, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     monkeypatch.setattr("sys.argv", ["ten_minutes.py", "--output", "here", "--peer", "diffusers"])
     with pytest.raises(UserError, match="diffusers.*pip install -r tests/benchmarks/req.*txt$"):
@@ -211,20 +208,13 @@ def test_peer_whose_package_is_missing_is_said_to_be_installed_not_begun_anew(
 
 @pytest.mark.parametrize("what", ["samples.pt", "samples.png"])
 def test_samples_that_cannot_be_kept_are_judged_all_the_same(
-        tiny, monkeypatch, tmp_path, capsys, what):
-    data = torch.zeros(600, 1, 28, 28).byte(), torch.arange(600) % 10
-    for name, value in (("real_images", lambda _split: data), ("evaluate_real", lambda *_: []),
-                        ("evaluate", lambda *_: {"n": 20}), ("print_table", lambda *_: None),
-                        ("load_classifier", lambda _seed: SimpleNamespace(name="judge"))):
-        monkeypatch.setattr(ten_minutes.evaluate, name, value)
-
+        judged, monkeypatch, capsys, what):
     def train(*_args):
         Trainer(CPU).save("last")
         Path(what).mkdir()      # so it cannot be written
         return checkpoint("last").absolute(), {"updates": 0}
 
     monkeypatch.setattr(ten_minutes, "train_ours", train)
-    monkeypatch.setattr(tiny, "keep_freed_memory", lambda: None)
     monkeypatch.setattr("sys.argv", ["ten_minutes.py", "--samples", "2", "--output", "here"])
     ten_minutes.main()
     assert f"{what} (Is a directory)\n" in capsys.readouterr().out
