@@ -1,7 +1,7 @@
 """Train a class-conditional denoising diffusion model on Fashion-MNIST, in one file.
 
-Edit the constants, run `python script_unet.py`, open the PNGs. Two cores (Zen 3 to 5, Xeons) take 5
-to 10 h, in bf16 1.3 to 3. Frechet distance after 14 epochs: 2 to 2.5 times real images' (3 runs).
+Edit the constants, run `python script_unet.py`, open the PNGs. 150 epochs take two cores (Zen 3-5,
+Xeons) 5 to 10 h, in bf16 1.3 to 3; Frechet distance after 14: 2 to 2.5 times real images' (3 runs).
 
 An image is mixed with ever more noise in T steps; a network learns to tell the two apart; sampling
 walks back from pure noise. x_start: a clean image, float (B, 1, H, W) in [-1, 1]; t (B,): a step, 0
@@ -46,7 +46,7 @@ GRADIENT_CLIP = 1.0         # largest L2 norm of the whole gradient; a safeguard
 DROPOUT = 0.0               # probability in each residual block; 60,000 images need none
 LABEL_DROPOUT = 0.1         # share of labels that become the null class (any) [5], for the guide
 EMA_GAMMA = 16.0            # the averaged weights [8] lag 1 / (2 + this) of the steps so far
-SEED = 0                    # fixes, with the step, all randomness but that of the held-out loss
+SEED = 0                    # fixes all randomness; the held-out loss has its own, always the same
 # Data
 IMG_SIZE = 28               # pixels a side, 16 to 64; images of 28 x 28 are resampled to it
 DATA_DIR = "data"           # torchvision's layout, and where its download goes
@@ -80,7 +80,7 @@ CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
 NUM_CLASSES = len(CLASS_NAMES)  # labels 0 ... 9; label 10 is the null class: any of them
 FORMAT = 5  # of the checkpoints, raised when weights of an older version no longer fit
 MODEL_CONSTANTS = """FORMAT IMG_SIZE NUM_CLASSES PATCH_SIZE CHANNELS BLOCKS EMBEDDING_DIM BETA_END
-    ATTENTION_HEAD_DIM NUM_DIFFUSION_STEPS BETA_SCHEDULE BETA_START""".split()  # a checkpoint's own
+    ATTENTION_HEAD_DIM NUM_DIFFUSION_STEPS BETA_SCHEDULE BETA_START""".split()  # saved with weights
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes; RANK: this one's number (torchrun)
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # other launchers may set it alone
 
@@ -91,7 +91,7 @@ def say(text):  # print it at once; where standard output has gone away, on stan
     for name in [x for x in ("stdout", "stderr") if vars(sys)[x]]:
         with contextlib.suppress(OSError): return print(text, file=vars(sys)[name], flush=True)
         setattr(sys, name, None)  # or Python's last flush would fail, and change the exit status
-def model_constants(others=None):  # as they are now, but for these others
+def model_constants(others=None):  # {name: value} as set now, but for these others
     return {name: globals()[name] for name in MODEL_CONSTANTS} | (others or {})
 
 def generator(*keys):
@@ -195,10 +195,10 @@ class PatchExpand(nn.Module):
         return x[..., top:top + size[0], left:left + size[1]]       # (B, out, H, W)
 
 class DoubleConv(nn.Module):
-    """Convolutions in two halves; (B, C, H, W), emb (B, E) -> same; between, emb scales and shifts.
-    Plain: norm, hard swish, 3 x 3; norm, scale and shift, hard swish, `kernel` x `kernel` (3 or 1).
-    Separable, less work ([11] figure 4): each channel's 3 x 3; norm, scale and shift, 1 x 1 to 2 C,
-    hard swish, 1 x 1 to C. The last starts at zero: a residual block starts as the identity."""
+    """second(norm(first(x)) * (1 + scale) + shift); x (B, C, H, W) -> same; emb (B, E) gives both.
+    Plain: first = norm, hard swish, 3 x 3; second = hard swish, dropout, 3 x 3 or 1 x 1 (`kernel`).
+    Separable, less work ([11] figure 4): first = each channel's 3 x 3; second = 1 x 1 to 2 C, hard
+    swish, dropout, 1 x 1 to C. The last starts at zero: a residual block starts as the identity."""
     def __init__(self, channels, embedding_dim, dropout=0.0, separable=False, kernel=3):
         super().__init__()
         c, norm, act, drop = channels, nn.BatchNorm2d, nn.Hardswish(), nn.Dropout(dropout)
@@ -210,7 +210,7 @@ class DoubleConv(nn.Module):
                   else [act, drop, conv() if kernel == 3 else Conv1x1(c, c, 1, bias=False)])
         self.second = nn.Sequential(*second)
         nn.init.zeros_(self.second[-1].weight)
-    def forward(self, x, emb):  # (B, C, H, W); in the middle norm(...) * (1 + scale) + shift
+    def forward(self, x, emb):  # -> (B, C, H, W)
         scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1)
         return self.second(torch.addcmul(shift, self.norm(self.first(x)), 1 + scale))
 
@@ -296,12 +296,12 @@ class FashionMNISTUNetDenoiser(nn.Module):
         self.constants = c = model_constants(constants)
         channels, blocks, dim = c["CHANNELS"], c["BLOCKS"], c["EMBEDDING_DIM"]
         self.register_buffer("abar", alphas_cumprod(c), persistent=False)
-        self.register_buffer("epochs", torch.tensor(0))  # trained so far, of usual_epoch() updates
+        self.register_buffer("epochs", torch.tensor(0))  # trained, see usual_epoch; for guidance()
         self.guide = (self,)  # itself, or a weaker model for guidance; a tuple: not a submodule
         self.time_mlp = nn.Sequential(nn.Linear(64, dim), nn.Hardswish(), nn.Linear(dim, dim))
         self.class_embedding = nn.Embedding(c["NUM_CLASSES"] + 1, dim)
         nn.init.normal_(self.class_embedding.weight, std=0.5)   # torch's 1 draws much worse
-        downs = zip((1, *channels), channels, (c["PATCH_SIZE"], 2, 2, 2), blocks)
+        downs = zip((1, *channels), channels, (c["PATCH_SIZE"], 2, 2, 2), blocks)  # in, out, p, n
         self.downs = nn.ModuleList(Down(*sizes, dim, dropout, separable=True) for sizes in downs)
         self.attention = SelfAttention(channels[-1], c["ATTENTION_HEAD_DIM"])
         self.middle = Blocks(ResBlock(channels[-1], dim, dropout) for _ in range(blocks[-1]))
@@ -366,7 +366,7 @@ def predict_x_start(model, x_t, t, labels):
 def diffusion_loss(model, x_start, t, labels, noise):
     """Mean squared error of v for each image, (B,), with two exceptions that keep black black.
     Where a pixel of x_start is -1 or 1, as half are, a prediction beyond it costs nothing: sampling
-    clips it. At t = 0, which predicts the picture, absolute error: best is the median."""
+    clips it. At t = 0, sampling's last, absolute error: best is the median, black if most are."""
     error = predict_x_start(model, q_sample(x_start, t, noise, model.abar), t, labels) - x_start
     error = error.masked_fill((x_start.abs() >= 1) & (error * x_start > 0), 0)
     error = error / (1 - model.abar[t]).sqrt().view(-1, 1, 1, 1)    # now v's, but for the sign
@@ -374,7 +374,7 @@ def diffusion_loss(model, x_start, t, labels, noise):
 
 # ---- Sampling ----------------------------------------------------------------------------------
 def guidance(model):
-    """GUIDANCE_SCALE or, for 0, by usual epochs trained, as more need less: 8: 2.8; 150: 1.5."""
+    """GUIDANCE_SCALE or, for 0, less the longer trained: up to 8 usual epochs 2.8; 150: 1.5."""
     return GUIDANCE_SCALE or 1.43 + 11 / max(8, model.epochs.item())
 
 @torch.no_grad()
@@ -396,13 +396,13 @@ def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
     streams = [generator("sample", int(seed), i) for i in range(len(labels))]
     def fresh_noise():  # one stream per image, on the CPU: the same on all machines, in any batch
         noise = [torch.randn(1, 1, size, size, generator=stream) for stream in streams]
-        return torch.cat([torch.empty(0, 1, size, size), *noise]).to(labels.device)
+        return torch.cat([torch.empty(0, 1, size, size), *noise]).to(labels.device)  # N may be 0
     def predict(net, x_t, t):  # x_start (N, 1, H, W)
         return torch.cat([predict_x_start(net, x, torch.full_like(y, t), y) for x, y in zip(
             x_t.split(batch_size), labels.split(batch_size))]).clamp(-1, 1)
     x_t, before, scale = fresh_noise(), None, guidance_scale or guidance(model)
     u = np.linspace(1, 0, min(steps, T))                    # t / (T - 1), from noise to image
-    u += (1 - len(u) / T) * u * (1 - u) * (2 * u - 1)       # denser at the ends, but a step apart
+    u += (1 - len(u) / T) * u * (1 - u) * (2 * u - 1)       # denser at the ends, >= 1 step apart
     visited = (u * (T - 1)).round().astype(int).tolist()
     for t, t_next in zip(visited, [*visited[1:], -1]):              # -1: the image
         callback(t, x_t)
@@ -457,9 +457,9 @@ def mean_losses(sums):  # by_noise_level's, {"loss": ..., "early": ..., "middle"
 
 @torch.no_grad()
 def heldout_loss(model, images, labels, batch_size=500):
-    """mean_losses of the model on uint8 images, each with its fixed step and noise."""
+    """mean_losses on uint8 images; image i has fixed noise and step i % T (N < T: i * T // N)."""
     T, sums, count = len(model.abar), 0, len(images)
-    t = (torch.arange(count) * max(T, count) // count % T).to(images.device)    # in turn, or spread
+    t = (torch.arange(count) * max(T, count) // count % T).to(images.device)
     noise = torch.randn(images.shape, generator=generator("held out")).to(images.device)
     for x, s, y, n in zip(*(part.split(batch_size) for part in (images, t, labels, noise))):
         sums = sums + by_noise_level(diffusion_loss(model, to_float(x), s, y, n), s, T)
@@ -542,7 +542,7 @@ def draw_losses(history):
     save_figure(figure, "training_loss.png")
 
 # ---- Checkpoints -------------------------------------------------------------------------------
-TRAINED = ("model", "average", "guide", "muon", "adamw")  # three models, and the first's optimizers
+TRAINED = ("model", "average", "guide", "muon", "adamw")  # a Trainer's models and optimizers
 def checkpoint_path(what): return Path(f"{CHECKPOINT_PREFIX}_{what}.pt")  # "last", "epoch_10" ...
 def find_checkpoints():  # that exist; "epoch_" and 1 to 7 digits, so that "epoch_2_copy" is not one
     whats = "last", "best_model", *("epoch_" + "[0-9]" * n for n in range(1, 8))
@@ -554,7 +554,7 @@ def read_checkpoint(path):
         state = torch.load(data := io.BytesIO(Path(path).read_bytes()), "cpu", weights_only=True)
         state.setdefault("guide", state["average"])  # an older FORMAT, refused later
         [state[x].keys() for x in ("constants", *TRAINED)], state["progress"]["step"] + 0  # there?
-        if zipfile.ZipFile(data).testzip() or not all(  # torch.load checks no sums
+        if zipfile.ZipFile(data).testzip() or not all(  # checksums, which torch.load ignores
                 v.isfinite().all() for part in TRAINED[:3] for v in state[part].values()):
             raise ValueError("its values are damaged or not finite")
     except Exception as error:  # torch.load raises whatever the bytes suggest to it
@@ -575,15 +575,15 @@ def load_denoiser(path, device=None):
     return model.to(device, memory_format=torch.channels_last)
 
 def newest_checkpoint(constants):
-    """(path, state) of the newest whole checkpoint, path None for none. Sets damaged ones aside,
-    without RESUME all. UserError: of another model, or one cannot be read, which may be whole."""
-    last, newest, found = -1, None, {"constants": constants}    # if there is none
+    """(path, state) of the newest whole checkpoint; without any, path is None. Sets damaged ones
+    aside (if not RESUME, all). UserError: another model's, or unreadable, which may be whole."""
+    most, newest, found = -1, None, {"constants": constants}    # the newest's step, path and state
     for path in find_checkpoints():
         try:
             if not RESUME: raise UserError("RESUME is False")   # and so is set aside below
             state = read_checkpoint(path)
-            if (step := state["progress"]["step"]) > last: last, newest, found = step, path, state
-        except UserError as error:
+            if (step := state["progress"]["step"]) > most: most, newest, found = step, path, state
+        except UserError as error:  # if the disk or memory ("alloc") failed, the file may be whole
             if isinstance(e := error.__cause__, (OSError, MemoryError)) or "alloc" in str(e): raise
             aside = next(new for i in range(1, 9999) if not (new := Path(f"{path}.{i}")).exists())
             path.rename(aside)
@@ -599,7 +599,7 @@ def newest_checkpoint(constants):
 # ---- Training ----------------------------------------------------------------------------------
 def keep_freed_memory():
     """Let glibc reuse freed memory: mapping it anew costs a CPU a quarter of its speed."""
-    if platform.libc_ver()[0] == "glibc":   # M_MMAP_MAX and M_TRIM_THRESHOLD
+    if os.name == "posix" and platform.libc_ver()[0] == "glibc":  # M_MMAP_MAX, M_TRIM_THRESHOLD
         for option in ((-4, 0), (-1, 2**31 - 1)): ctypes.CDLL(None).mallopt(*option)
 
 def over_processes(tensor, operation="SUM"):
@@ -626,7 +626,7 @@ class InFloat32(torch.overrides.TorchFunctionMode):
         return args[0] if function is torch.Tensor.bfloat16 else function(*args, **kwargs or {})
 
 def usual_epoch(): return 60_000 // min(256, BATCH_SIZE)  # updates: the unit of a run's length
-def guide_step(count):  # the update of its last copy: after 3 usual epochs or, in runs under 8, 3/8
+def guide_step(count):  # updates until the guide stays: 3 usual epochs or, in runs under 8, 3/8
     return max(1, min(3 * usual_epoch(), 3 * EPOCHS * (count // BATCH_SIZE) // 8))
 def finish_average(trainer, images, labels):
     """Make the averaged weights ready for sample(). Up to guide_step() the guide is a new copy,
@@ -736,7 +736,7 @@ def exit_if_asked(trainer, images, labels, stop):
         sys.exit(128 + number)
 
 def train(trainer, images, labels, heldout, stop):
-    """Run what is left, with a bar if on a terminal. Exits, saved, when `stop` gets a signal."""
+    """Run what is left; a bar on terminals (disable=None). Exits, saved, if `stop` has a signal."""
     now, per_epoch = trainer.progress, len(images) // BATCH_SIZE * BATCH_SIZE
     with tqdm(total=EPOCHS * per_epoch, initial=now["epoch"] * per_epoch + now["position"],
               unit=" images", smoothing=0, disable=RANK > 0 or not sys.stderr or None) as bar:
@@ -761,7 +761,7 @@ def train(trainer, images, labels, heldout, stop):
             exit_if_asked(trainer, images, labels, stop)
 
 # ---- main --------------------------------------------------------------------------------------
-# Each checked constant's default, which sets its type, then least and greatest, or other choices
+# Default (again: users edit those above), which sets the type; then least and greatest, or choices
 ALLOWED = {
     "EPOCHS": (150, 1, 1e6), "BATCH_SIZE": (256, 2, 1e5), "LEARNING_RATE": (2.8e-3, 1e-9, 10),
     "MUON_LEARNING_RATE": (0.028, 1e-9, 10), "WARMUP_STEPS": (100, 1, 1e6),
@@ -789,7 +789,7 @@ def check_constants():
             fine = type(values) is tuple and all(
                 type(v) in (int, number) and limits[0] <= v <= limits[1] for v in values)
         if not fine: wrong.append(f"{name} must be {words}, got {value!r}")
-    if not wrong and not (len(BLOCKS) == len(CHANNELS) in (1, 2, 3, 4) and any(BLOCKS)):
+    if not wrong and not (1 <= len(BLOCKS) == len(CHANNELS) <= 4 and any(BLOCKS)):
         wrong.append(f"BLOCKS must be as many as CHANNELS, 1 to 4, and not all 0, got {BLOCKS!r}")
     elif not wrong and CHANNELS[-1] % ATTENTION_HEAD_DIM:
         wrong.append(f"ATTENTION_HEAD_DIM must divide {CHANNELS=}[-1], got {ATTENTION_HEAD_DIM}")
@@ -799,7 +799,7 @@ def check_constants():
 
 @contextlib.contextmanager
 def hold_folder():
-    """Lock the working directory; a lock ends with its process. UserError: held, or read-only."""
+    """Make the folders, lock this one until the process ends. UserError: held, or read-only."""
     path = Path(".fashion_mnist_diffusion.lock")
     try:
         for folder in (Path(), Path(PICTURE_DIR), checkpoint_path("last").parent):
@@ -833,7 +833,7 @@ def report(model, folder, images, heldout, epochs_left):
         f"constants  {', '.join(changed) or 'all at their defaults'}\noutputs    "
         f"{checkpoint_path('*')}, training_loss.png, training_log.csv, {Path(PICTURE_DIR)}/")
     need = 20 * parameters * (4 + EPOCHS // CHECKPOINT_EVERY) + 10**6 * epochs_left  # bytes
-    saved = sum(p.stat().st_size for p in find_checkpoints() if not RANK)
+    saved = sum(p.stat().st_size for p in find_checkpoints())   # `need` counts these as well
     if not RANK and (free := shutil.disk_usage(checkpoint_path("last").parent).free + saved) < need:
         raise UserError(f"{checkpoint_path('*').absolute()}: {free / 1e6:.0f} MB free, with these, "
                         f"{need / 1e6:.0f} needed: free some, raise CHECKPOINT_EVERY, lower EPOCHS")
@@ -879,7 +879,7 @@ def main():
     with torch.random.fork_rng([]), contextlib.ExitStack() as stack:  # a caller's CPU draws go on
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()) if RANK else hold_folder())
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):  # old handlers come back at the end
+            for number in (signal.SIGINT, signal.SIGTERM):  # the old ones (None: default) come back
                 stack.callback(signal.signal, number, signal.signal(number, remember) or 0)
         if WORLD_SIZE == 1: return run(stop)
         try:

@@ -1,7 +1,9 @@
 """The constants: their defaults, what is refused and how; importing and running the file."""
 
 import ast
+import contextlib
 import importlib.util
+import io
 import os
 import re
 import runpy
@@ -24,7 +26,7 @@ from script_unet import UserError, check_constants, main
 SCRIPT = ROOT / "script_unet.py"
 
 BAD = [
-    ("EPOCHS", 0), ("EPOCHS", 1.5), ("EPOCHS", None), ("BATCH_SIZE", 1), ("BATCH_SIZE", True),
+    ("EPOCHS", 0), ("EPOCHS", 1.5), ("EPOCHS", None), ("BATCH_SIZE", 1), ("EPOCHS", True),
     ("LEARNING_RATE", -1e-3), ("LEARNING_RATE", 0), ("LEARNING_RATE", float("nan")),
     ("LEARNING_RATE", "fast"), ("MUON_LEARNING_RATE", float("inf")), ("WARMUP_STEPS", 0),
     ("WEIGHT_DECAY", -0.1), ("GRADIENT_CLIP", 0), ("DROPOUT", 1.0), ("DROPOUT", -0.1),
@@ -40,7 +42,8 @@ BAD = [
     ("PRECISION", "fp16"), ("RESUME", "no"), ("CHECKPOINT_EVERY", 0), ("PICTURE_COLUMNS", 0),
     ("PICTURE_COLUMNS", 1), ("RESUME", 1),
     # Checkpoints of these could not be read
-    ("NUM_CLASSES", np.int64(10)), ("NUM_CLASSES", 10.0),
+    ("NUM_CLASSES", np.int64(10)), ("NUM_CLASSES", 10.0), ("BETA_END", np.float64(0.02)),
+    ("LEARNING_RATE", np.float64(1e-3)),
     ("BETA_SCHEDULE", np.str_("cosine")), ("CHANNELS", np.array([64, 96, 128]))]
 
 
@@ -212,16 +215,17 @@ def without_others(monkeypatch):
 def test_batch_that_does_not_suit_the_processes_is_refused(tiny, monkeypatch, size):
     without_others(monkeypatch)
     monkeypatch.setattr(tiny, "BATCH_SIZE", size)
-    with pytest.raises(UserError, match=f"BATCH_SIZE must be from 4 .* of 2, .*, got {size}"):
+    with pytest.raises(UserError, match=f"^BATCH_SIZE must be from 4 .* of 2, .*, got {size}"):
         main()
 
 
 @pytest.mark.parametrize("error, leaves", [
-    (SystemExit, True), (UserError, False), (RuntimeError, False)])
+    (None, True), (SystemExit, True), (UserError, False), (RuntimeError, False)])
 def test_processes_take_leave_of_each_other_unless_one_fails(tiny, monkeypatch, error, leaves):
     left = without_others(monkeypatch)
-    monkeypatch.setattr(tiny, "run", raising(error))
-    with pytest.raises(UserError if error is RuntimeError else error):
+    monkeypatch.setattr(tiny, "run", raising(error) if error else lambda stop: None)
+    with (pytest.raises(UserError if error is RuntimeError else error) if error else
+          contextlib.nullcontext()):
         main()
     assert bool(left) == leaves
 
@@ -420,6 +424,16 @@ def test_arguments_are_answered_by_what_to_edit_unless_they_are_a_notebooks(
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert ended.value.code.startswith(answer)
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), None])   # a notebook's; where it is closed
+def test_command_needs_no_standard_output_that_can_be_set_up(tmp_path, monkeypatch, stream):
+    monkeypatch.chdir(tmp_path)
+    Path(script_unet.PICTURE_DIR).touch()       # so main() goes no further
+    monkeypatch.setattr(sys, "argv", ["script_unet.py"])
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit, match="script_unet.py: PICTURE_DIR"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 def test_the_program_fits_900_lines_of_at_most_100_characters():

@@ -348,6 +348,12 @@ def test_images_of_neighbouring_seeds_have_no_noise_in_common(model):
     assert torch.cdist(*noises).min() > 20      # about 40 = sqrt(2 * 28 * 28)
 
 
+def test_no_two_of_thousands_of_images_start_from_the_same_noise():
+    starts = frames_of(Predictor(lambda x_t, t, labels: 0 * x_t, size=16), [0] * 2000, steps=1,
+                       guidance_scale=1.0)[0][0][1]
+    assert len(starts.flatten(1).unique(dim=0)) == 2000
+
+
 @pytest.mark.parametrize("eta, scale", [(0.0, 1.0), (1.0, 2.0)])
 def test_no_labels_give_no_images(model, eta, scale):
     images = sample(model, torch.arange(0), eta=eta, guidance_scale=scale)

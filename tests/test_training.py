@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import gc
 import gzip
 import inspect
@@ -161,6 +162,15 @@ def test_logged_training_loss_is_the_mean_of_the_epochs_own_steps(run, monkeypat
     assert logged == pytest.approx(np.reshape(seen, (EPOCHS, STEPS)).mean(1).tolist(), rel=1e-5)
 
 
+def test_training_loss_is_counted_at_its_noise_level(tiny, monkeypatch, pictures):
+    loss, trainer = script_unet.diffusion_loss, Trainer(CPU)
+    monkeypatch.setattr(script_unet, "diffusion_loss", lambda model, x_start, t, *args: (
+        0 * loss(model, x_start, t, *args) + t))
+    trainer.step(*pictures)     # on each of the 20 steps five times
+    assert script_unet.mean_losses(trainer.progress["sums"]) == pytest.approx(
+        {"loss": 9.5, "early": 3, "middle": 10, "late": 16.5})
+
+
 def test_checkpoints_hold_averaged_weights_of_the_logged_heldout_loss(undisturbed):
     rows = log_rows(undisturbed[0])
     heldout = load_fashion_mnist("test", Path(TINY["DATA_DIR"], "FashionMNIST", "raw"))
@@ -242,6 +252,16 @@ def test_bar_shows_on_a_terminal_alone_what_is_done_of_the_whole_run(run, monkey
     assert all(text in shown for text in expected) if stream is Terminal else not shown
 
 
+def test_of_several_processes_the_others_draw_no_bar(tiny, monkeypatch, pictures):
+    terminal, trainer = Terminal(), Trainer(CPU)
+    trainer.progress["epoch"] = TINY["EPOCHS"]      # nothing is left to do
+    monkeypatch.setattr(tiny, "tqdm", functools.partial(tiny.tqdm, file=terminal))
+    for rank, shown in ((1, False), (0, True)):
+        monkeypatch.setattr(tiny, "RANK", rank)
+        tiny.train(trainer, *pictures, None, [])
+        assert bool(terminal.getvalue()) == shown
+
+
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
 def test_run_without_one_of_its_streams_trains_on(run, monkeypatch, name):
     monkeypatch.setattr(sys, name, None)    # as Python sets it where it is closed
@@ -269,6 +289,13 @@ def test_main_has_glibc_and_no_other_library_keep_freed_memory(tiny, monkeypatch
     monkeypatch.setattr(tiny, "run", lambda stop: None)
     main()
     assert asked == ([(-4, 0), (-1, 2**31 - 1)] if name else [])    # no mmap, nothing trimmed
+
+
+def test_library_is_not_looked_for_on_windows_where_python_may_be_unreadable(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", raising(OSError("python.exe")))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        script_unet.keep_freed_memory()
 
 
 def test_a_notebook_may_run_it_in_another_thread(run, monkeypatch):
@@ -401,6 +428,15 @@ def test_signal_before_the_first_step_is_answered_at_once_and_leaves_the_checkpo
     assert stopped.value.code == 128 + number and not asked
     assert {path: path.read_bytes() for path in Path().glob("*.pt")} == before
     assert len(before) == 2 * begun     # last and best_model
+
+
+def test_signal_while_a_checkpoint_is_read_leaves_it_in_its_place(run, undisturbed, monkeypatch):
+    path = checkpoint("last")
+    path.write_bytes(checkpoint("last", undisturbed[0]).read_bytes())
+    monkeypatch.setattr(Path, "read_bytes", lambda _path: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    assert stopped.value.code == 128 + signal.SIGTERM and list(Path().glob("*.pt*")) == [path]
 
 
 @pytest.mark.parametrize("number, launcher", [(signal.SIGTERM, {}), (signal.SIGINT, {"RANK": "0"})])
@@ -685,6 +721,16 @@ def test_resume_false_starts_anew_and_keeps_every_older_file(run, undisturbed, m
     assert_as_undisturbed(undisturbed)
     assert sorted(path.read_text() for path in Path().glob("*.pt.*")) == sorted(older)
     assert len(list(Path().glob("*.pt"))) == 3
+
+
+def test_resume_false_leaves_the_checkpoints_in_their_place_where_there_is_no_data(
+        run, monkeypatch):
+    checkpoint("last").write_bytes(b"mine")
+    monkeypatch.setattr(script_unet, "RESUME", False)
+    monkeypatch.setattr(script_unet, "find_data", raising(UserError("no data")))
+    with pytest.raises(UserError, match="no data"):
+        run()
+    assert checkpoint("last").read_bytes() == b"mine"
 
 
 def test_checkpoint_of_another_model_is_refused_by_the_constants_name(run, monkeypatch):
@@ -1194,6 +1240,7 @@ def test_loaded_denoiser_is_guided_by_the_checkpoints_guide(undisturbed):
     model, state = load_denoiser(path, CPU), read_checkpoint(path)
     assert same(dict(model.guide[0].state_dict()), dict(state["guide"]))
     assert not model.guide[0].training and not same(state["guide"], state["average"])
+    assert not any(p.requires_grad for p in model.guide[0].parameters())
     drawn = [sample(model, [1, 2], guidance_scale=scale) for scale in (1.0, 3.0)]
     assert (drawn[0] - drawn[1]).abs().max() > 1e-3
 
@@ -1256,6 +1303,15 @@ def test_batch_statistics_are_measured_on_5120_noisy_training_images_with_their_
     assert [labels[bytes(x.flatten().tolist())] for x in tiny.to_uint8(x_start)] == y.tolist()
     assert len(t) == 5120 and len(set(t.tolist())) == 20
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+
+
+def test_batch_statistics_are_measured_on_draws_of_the_seed(tiny, monkeypatch, pictures):
+    noises = []
+    monkeypatch.setattr(tiny, "diffusion_loss", lambda *args: noises.append(args[-1]))
+    for seed in (0, 0, 1):
+        monkeypatch.setattr(tiny, "SEED", seed)
+        refresh_batch_norm(FashionMNISTUNetDenoiser(), *pictures, batches=1, batch_size=10)
+    assert torch.equal(*noises[:2]) and not torch.equal(*noises[1:])
 
 
 def test_losses_are_averaged_in_thirds_of_the_steps():
@@ -1333,6 +1389,18 @@ def test_randomness_of_a_step_is_a_function_of_seed_and_step(tiny, steps_of, mon
             assert not torch.equal(one[number], other[number]), part
 
 
+def test_each_process_trains_on_images_and_noise_levels_from_all_over_the_batch(
+        tiny, steps_of, monkeypatch):
+    whole, = steps_of(1)
+    monkeypatch.setattr(tiny, "WORLD_SIZE", 3)
+    monkeypatch.setattr(tiny.nn.parallel, "DistributedDataParallel", lambda model: model)
+    monkeypatch.setattr(tiny.dist, "all_reduce", lambda *_args: None)
+    for rank in range(3):
+        monkeypatch.setattr(tiny, "RANK", rank)
+        share, = steps_of(1)
+        assert same(share, tuple(part[rank::3] for part in whole))
+
+
 def test_images_come_in_another_order_each_epoch_and_for_each_seed():
     orders = [epoch_order(seed, epoch, 600, CPU) for seed in (0, 1) for epoch in (0, 1)]
     for order in orders:
@@ -1389,10 +1457,13 @@ def test_epoch_sees_every_image_with_its_label_and_every_step(
     assert not torch.equal(first[0], second[0]) and not torch.equal(first[3], second[3])
 
 
-def test_label_dropout_is_the_share_of_null_labels(tiny, steps_of, monkeypatch):
+def test_label_dropout_is_the_share_of_null_labels_whatever_the_noise(
+        tiny, steps_of, monkeypatch):
     monkeypatch.setattr(tiny, "LABEL_DROPOUT", 0.3)
-    labels = torch.cat([y for _, _, y, _ in steps_of(2 * STEPS)])
-    assert (labels == tiny.NUM_CLASSES).float().mean().item() == pytest.approx(0.3, abs=0.06)
+    _, t, labels, _ = map(torch.cat, zip(*steps_of(2 * STEPS)))
+    for level in (t < 10, t >= 10):
+        null = (labels[level] == tiny.NUM_CLASSES).float().mean().item()
+        assert null == pytest.approx(0.3, abs=0.06)
 
 
 def test_draw_that_rounding_makes_the_whole_batch_is_still_a_step_below_t(
@@ -1463,9 +1534,11 @@ def test_muons_matrices_are_the_kernels_and_their_gradients(tiny, monkeypatch, p
             assert torch.equal(part, whole)
 
 
-@pytest.mark.parametrize("setting, least, most", [("fp32", 0, 1e-4), ("bf16", 1e-3, 0.05)])
+@pytest.mark.parametrize("setting, least, most", [
+    ("fp32", 0, 1e-4), ("bf16", 1e-3, 0.05), ("auto", 0, 1e-4)])
 def test_updates_are_orthogonalised_in_the_precision_of_training(
         tiny, monkeypatch, pictures, setting, least, most):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)     # no bf16
     for name, value in (("PRECISION", setting), ("WEIGHT_DECAY", 0.0), ("WARMUP_STEPS", 1)):
         monkeypatch.setattr(tiny, name, value)
     trainer, compared = Trainer(CPU), 0
