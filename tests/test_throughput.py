@@ -79,6 +79,14 @@ def test_contenders_take_turns_and_the_table_has_medians_and_the_rounds_own_rati
     assert "45 GFLOP/s (a step as three forward passes of 50.0 MFLOP), 45% of the 100" in printed
 
 
+def test_batch_above_the_data_is_refused_before_it_is_timed(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "BATCH_SIZE", 601)
+    monkeypatch.setattr(throughput.threading, "Thread", lambda **_: SimpleNamespace(
+        start=lambda: None))    # this process has no parent to end with
+    with pytest.raises(UserError, match="BATCH_SIZE must be at most 600, .*got 601"):
+        throughput.set_up("ours", False, 128)
+
+
 @pytest.mark.parametrize("seconds, epochs", [(4.5, 2), (0.1, 1)])
 def test_ten_minutes_are_as_many_whole_epochs_as_fit_by_the_measured_rate(
         tiny, monkeypatch, pictures, seconds, epochs):
@@ -172,11 +180,16 @@ def test_operations_of_a_peer_are_those_of_one_images_loss(tiny):
     assert peer.operations() == 2 * 28 * 28 * 9 * 4
 
 
-def test_peers_ten_minutes_are_judged_and_kept(tiny, judged, monkeypatch):
+@pytest.fixture
+def line(monkeypatch):
+    """Line in the place of diffusers, drawing images of 28 x 28."""
     monkeypatch.setattr(Line, "package", "torch", raising=False)
     monkeypatch.setattr(Line, "generate", lambda self, labels: (labels / 127.5 - 1).view(
         -1, 1, 1, 1).expand(-1, 1, 28, 28))
     monkeypatch.setitem(peers.PEERS, "diffusers", Line)
+
+
+def test_peers_ten_minutes_are_judged_and_kept(tiny, judged, line, monkeypatch):
     monkeypatch.setattr("sys.argv", ["ten_minutes.py", "--samples", "2", "--output", "results",
                                      "--peer", "diffusers", "--seconds", ".001", "--seed", "3"])
     ten_minutes.main()
@@ -206,16 +219,19 @@ def test_peer_whose_package_is_missing_is_said_to_be_installed_not_begun_anew(
         ten_minutes.main()
 
 
-@pytest.mark.parametrize("what", ["samples.pt", "samples.png"])
-def test_samples_that_cannot_be_kept_are_judged_all_the_same(
-        judged, monkeypatch, capsys, what):
+@pytest.mark.parametrize("what, options", [
+    ("samples.pt", []), ("samples.png", []), ("peer.pt", ["--peer", "diffusers"])])
+def test_results_that_cannot_be_kept_are_judged_all_the_same(
+        judged, line, monkeypatch, capsys, what, options):
     def train(*_args):
         Trainer(CPU).save("last")
         Path(what).mkdir()      # so it cannot be written
         return checkpoint("last").absolute(), {"updates": 0}
 
     monkeypatch.setattr(ten_minutes, "train_ours", train)
-    monkeypatch.setattr("sys.argv", ["ten_minutes.py", "--samples", "2", "--output", "here"])
+    monkeypatch.setattr(ten_minutes, "train_peer", lambda *args: train()[1])
+    monkeypatch.setattr("sys.argv", ["ten_minutes.py", "--samples", "2", "--output", "here",
+                                     *options])
     ten_minutes.main()
     assert f"{what} (Is a directory)\n" in capsys.readouterr().out
     assert json.loads(Path("here", "figures.json").read_text())["figures"] == {"n": 20}

@@ -61,9 +61,10 @@ def real_images(split):
     expected = {"train": 60000, "test": 10000}[split], 1, 28, 28
     found = tuple(images.shape), labels.bincount(minlength=10).tolist()
     if found != (expected, [expected[0] // 10] * 10):
-        sys.exit(f"the {split} images of {script_unet.find_data()} have the shape {found[0]} and "
-                 f"{found[1]} of each class, but figures need the whole of Fashion-MNIST, or as "
-                 f"much: {expected}, a tenth a class; see DATA_DIR and IMG_SIZE in script_unet.py")
+        sys.exit(f"the {split} images of {script_unet.find_data().absolute()} have the shape "
+                 f"{found[0]} and {found[1]} of each class, but figures need the whole of "
+                 f"Fashion-MNIST, or as much: {expected}, a tenth a class; see DATA_DIR and "
+                 "IMG_SIZE in script_unet.py")
     return images, labels
 
 
@@ -197,7 +198,8 @@ def load_classifier(seed):
         predict(model, classifier_features(model, images)) == labels))
     if accuracy < CLASSIFIER_ACCURACY:
         sys.exit(f"the classifier of seed {seed} is right on {accuracy:.4f} of the test images, "
-                 f"below {CLASSIFIER_ACCURACY}: take another --classifier-seed")
+                 f"below {CLASSIFIER_ACCURACY}: take another --classifier-seed or, for data harder "
+                 f"than Fashion-MNIST, lower CLASSIFIER_ACCURACY in {__file__}")
     return model
 
 
@@ -442,7 +444,7 @@ def main():
           f"{script_unet.SEED}, guidance {script_unet.guidance(model):.3f}, "
           f"{min(script_unet.SAMPLING_STEPS, len(model.abar))} steps, "
           f"{script_unet.precision(model.abar.device)}, drawn in {seconds:.1f} s; real images of "
-          f"{script_unet.find_data()}; constants "
+          f"{script_unet.find_data().absolute()}; constants "
           f"{changed_constants(DRAWN_WITH, model.constants)}"
           + (f"; its guide is told {told:g} of the null class" if guide else ""))
     print_table(evaluate(images, labels, args.classifier_seed), reals,

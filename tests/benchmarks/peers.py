@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import script_unet  # noqa: E402
 from script_unet import UserError, to_float, to_uint8  # noqa: E402
 
 
@@ -130,7 +131,8 @@ class Diffusers(Peer):
             block_out_channels=(32, 64, 64),
             down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
-        self.model = nn.ModuleDict({"unet": unet, "class_embedding": nn.Embedding(10, 4)})
+        classes = nn.Embedding(script_unet.NUM_CLASSES, 4)
+        self.model = nn.ModuleDict({"unet": unet, "class_embedding": classes})
         self.model.to(self.device)
         self.scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)

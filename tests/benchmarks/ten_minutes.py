@@ -87,6 +87,15 @@ def train_peer(peer, images, labels, seconds, batch_size):
             "images/s": seen / elapsed}
 
 
+@contextlib.contextmanager
+def if_possible():
+    """What cannot be written is said, and no reason to lose what took minutes or hours."""
+    try:
+        yield
+    except script_unet.UserError as error:
+        print(str(error).split(", an old")[0])      # without its advice to run again
+
+
 def save(content, path):
     torch.save(content, buffer := io.BytesIO())
     script_unet.atomic_write(path, buffer.getbuffer())
@@ -105,9 +114,9 @@ def measure(args, name, changed, peer, train, test, data):
     if peer:
         print(f"{peer.parameters():,} parameters")
         trained = train_peer(peer, *train, args.seconds, args.batch_size or peer.batch_size)
-        # Before it samples, which may take hours
-        save({part: module.state_dict() for part, module in vars(peer).items()
-              if isinstance(module, nn.Module)}, "peer.pt")
+        with if_possible():     # before it samples, which may take hours
+            save({part: module.state_dict() for part, module in vars(peer).items()
+                  if isinstance(module, nn.Module)}, "peer.pt")
         draw = peer.sample
         asked = labels if peer.conditional else None
     else:
@@ -120,11 +129,9 @@ def measure(args, name, changed, peer, train, test, data):
     start = time.perf_counter()
     samples = draw(labels)
     seconds = time.perf_counter() - start
-    try:
+    with if_possible():
         save(samples, "samples.pt")
         evaluate.save_picture(samples, "samples.png")
-    except script_unet.UserError as error:  # they may have taken hours: judged all the same
-        print(str(error).split(", an old")[0])      # without its advice to run again
     figures = evaluate.evaluate(samples, asked, args.classifier_seed)
     judge = evaluate.load_classifier(args.classifier_seed).name
     print(f"{name}: {len(samples):,} samples drawn in {seconds:.1f} s, see "

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from statistics import median
 
@@ -81,6 +82,9 @@ def set_up(name, keep_freed_memory, peer_batch_size):
     device = script_unet.pick_device()
     images, labels = (part.to(device) for part in script_unet.load_fashion_mnist("train"))
     if name == "ours":
+        if script_unet.BATCH_SIZE > len(images):
+            raise script_unet.UserError(f"BATCH_SIZE must be at most {len(images)}, the images, "
+                                        f"got {script_unet.BATCH_SIZE}")
         trainer = script_unet.Trainer(device)
         contender.update(step=our_step(trainer, images, labels), device=device)
         return *script_unet.model_size(trainer.model), "script_unet.py"
@@ -170,7 +174,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except script_unet.UserError as error:
+    except (script_unet.UserError, BrokenProcessPool) as error:     # out of memory, say
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit(130)

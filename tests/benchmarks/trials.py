@@ -75,9 +75,10 @@ class Trial:
         self.of_epoch, self.of_run = zeros(1, dtype=torch.long), zeros(1, dtype=torch.long)
         self.loss, self.rate = zeros(()), zeros(())     # the sum of an epoch's; AdamW's
         self.on = zeros(())                             # 0: the step changes no weight
-        rest, adamw = self.trainer.adamw.param_groups[0]["params"], self.trainer.adamw.defaults
+        # One group: another's weights would stay as they are
+        (group,), adamw = self.trainer.adamw.param_groups, self.trainer.adamw.defaults
         fast = {"fused": True, "capturable": True} if self.device.type == "cuda" else {}
-        self.adamw = torch.optim.AdamW(rest, self.rate, adamw["betas"], adamw["eps"],
+        self.adamw = torch.optim.AdamW(group["params"], self.rate, adamw["betas"], adamw["eps"],
                                        script_unet.WEIGHT_DECAY, **fast)
         muon, shapes = self.trainer.muon.defaults, {}
         self.adamw_rate, self.muon_rate, self.momentum = adamw["lr"], muon["lr"], muon["momentum"]
