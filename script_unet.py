@@ -98,7 +98,6 @@ def generator(*keys):
     """A torch.Generator, on the CPU, for the stream that the keys name, e.g. "order", SEED, 17."""
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-
 def pick_device():  # not MPS: wrong channels_last gradients (pytorch issues 107214, 175189)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -356,7 +355,6 @@ def precision(device):
     fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
             device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16")))
     return PRECISION if PRECISION != "auto" else "bf16" if fast else "fp32"
-
 def predict_x_start(model, x_t, t, labels):
     """The model's x_start (B, 1, H, W), float32, not clipped."""
     with torch.autocast(t.device.type, torch.bfloat16, enabled=precision(t.device) == "bf16"):
@@ -477,6 +475,9 @@ def atomic_write(path, data):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        for wait in (0.1, 0.5, 2, 8) * (sys.platform == "win32"):   # refused while others read it
+            with contextlib.suppress(PermissionError): return os.replace(beside, path)
+            time.sleep(wait)
         os.replace(beside, path)
     except OSError as error:
         with contextlib.suppress(OSError): beside.unlink()
@@ -677,7 +678,7 @@ class Trainer:
 
     def step(self, images, labels):
         """One update, [1] algorithm 1, on the next BATCH_SIZE images (uint8, on the device) of the
-        epoch; what is drawn is a function of SEED, epoch and step. May make the guide."""
+        epoch (a process: its share); draws depend on SEED, epoch and step. May make the guide."""
         now, T, device = self.progress, len(self.model.abar), images.device
         batch = epoch_order(SEED, now["epoch"], len(images), device)[now["position"]:][:BATCH_SIZE]
         torch.manual_seed(generator("step", SEED, now["step"]).initial_seed())
@@ -686,8 +687,7 @@ class Trainer:
         noise = torch.randn(BATCH_SIZE, *images.shape[1:], device=device)
         dropped = torch.rand(BATCH_SIZE, device=device) < LABEL_DROPOUT
         y = labels[batch].masked_fill(dropped, NUM_CLASSES)
-        # Each process draws the whole batch and takes its share: any number of them sees the same
-        batch, t, y, noise = (part[RANK::WORLD_SIZE] for part in (batch, t, y, noise))
+        batch, t, y, noise = (part[RANK::WORLD_SIZE] for part in (batch, t, y, noise))  # its share
         losses = diffusion_loss(self.network.train(), to_float(images[batch]), t, y, noise)
         losses.mean().backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)

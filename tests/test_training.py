@@ -1007,6 +1007,21 @@ def test_failed_write_leaves_the_old_file_and_no_half_one(tmp_path, monkeypatch)
     assert path.read_bytes() == b"new"
 
 
+@pytest.mark.parametrize("refused, system", [(4, "win32"), (5, "win32"), (1, "linux")])
+def test_file_that_another_program_reads_is_tried_again_on_windows_for_ten_seconds(
+        tmp_path, monkeypatch, refused, system):
+    errors, waited, replace = iter([PermissionError(13, "in use")] * refused), [], os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (
+        raising(error)() if (error := next(errors, None)) else replace(*paths)))
+    monkeypatch.setattr(script_unet.time, "sleep", waited.append)
+    monkeypatch.setattr(sys, "platform", system)
+    with (contextlib.nullcontext() if refused == 4 else
+          pytest.raises(UserError, match="a.txt .in use.")):
+        atomic_write(tmp_path / "a.txt", b"new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"] * (refused == 4)
+    assert waited == [0.1, 0.5, 2, 8] * (system == "win32")
+
+
 def test_folder_that_is_deleted_during_a_run_is_made_again(tiny, monkeypatch):
     monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 2)
     monkeypatch.setattr(tiny, "draw_losses", lambda _history: None)
