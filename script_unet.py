@@ -46,7 +46,7 @@ GRADIENT_CLIP = 1.0         # largest L2 norm of the whole gradient; a safeguard
 DROPOUT = 0.0               # probability in each residual block; 60,000 images need none
 LABEL_DROPOUT = 0.1         # share of labels that become the null class (any) [5], for the guide
 EMA_GAMMA = 16.0            # the averaged weights [8] lag 1 / (2 + this) of the steps so far
-SEED = 0                    # fixes all randomness; the held-out loss has its own, always the same
+SEED = 0                    # fixes all randomness but the held-out loss's, which is always the same
 # Data
 IMG_SIZE = 28               # pixels a side, 16 to 64; images of 28 x 28 are resampled to it
 DATA_DIR = "data"           # torchvision's layout, and where its download goes
@@ -295,7 +295,7 @@ class FashionMNISTUNetDenoiser(nn.Module):
         self.constants = c = model_constants(constants)
         channels, blocks, dim = c["CHANNELS"], c["BLOCKS"], c["EMBEDDING_DIM"]
         self.register_buffer("abar", alphas_cumprod(c), persistent=False)
-        self.register_buffer("epochs", torch.tensor(0))  # trained, see usual_epoch; for guidance()
+        self.register_buffer("epochs", torch.tensor(0))  # usual_epoch()s trained, for guidance()
         self.guide = (self,)  # itself, or a weaker model for guidance; a tuple: not a submodule
         self.time_mlp = nn.Sequential(nn.Linear(64, dim), nn.Hardswish(), nn.Linear(dim, dim))
         self.class_embedding = nn.Embedding(c["NUM_CLASSES"] + 1, dim)
@@ -543,7 +543,7 @@ def draw_losses(history):
     save_figure(figure, "training_loss.png")
 
 # ---- Checkpoints -------------------------------------------------------------------------------
-TRAINED = ("model", "average", "guide", "muon", "adamw")  # a Trainer's models and optimizers
+TRAINED = ("model", "average", "guide", "muon", "adamw")  # a Trainer's 3 models, then optimizers
 def checkpoint_path(what): return Path(f"{CHECKPOINT_PREFIX}_{what}.pt")  # "last", "epoch_10" ...
 def find_checkpoints():  # that exist; "epoch_" and 1 to 7 digits, so that "epoch_2_copy" is not one
     whats = "last", "best_model", *("epoch_" + "[0-9]" * n for n in range(1, 8))
@@ -678,7 +678,7 @@ class Trainer:
 
     def step(self, images, labels):
         """One update, [1] algorithm 1, on the next BATCH_SIZE images (uint8, on the device) of the
-        epoch (a process: its share); draws depend on SEED, epoch and step. May make the guide."""
+        epoch; each process draws the whole batch, by SEED, epoch and step. May make the guide."""
         now, T, device = self.progress, len(self.model.abar), images.device
         batch = epoch_order(SEED, now["epoch"], len(images), device)[now["position"]:][:BATCH_SIZE]
         torch.manual_seed(generator("step", SEED, now["step"]).initial_seed())
@@ -799,7 +799,7 @@ def check_constants():
 
 @contextlib.contextmanager
 def hold_folder():
-    """Make the folders, lock this one until the process ends. UserError: held, or read-only."""
+    """Make the folders; lock the working directory meanwhile. UserError: held, or read-only."""
     path = Path(".fashion_mnist_diffusion.lock")
     try:
         for folder in (Path(), Path(PICTURE_DIR), checkpoint_path("last").parent):
@@ -809,7 +809,7 @@ def hold_folder():
     except OSError as error:
         raise UserError(f"PICTURE_DIR = {PICTURE_DIR!r}, CHECKPOINT_PREFIX = {CHECKPOINT_PREFIX!r} "
                         f"and the working directory must be writable ({error})") from error
-    with file:
+    with file:  # its end, as the process's, is the lock's
         with contextlib.suppress(ImportError, OSError):  # Windows and some disks have no locks
             import fcntl
             try:
@@ -833,7 +833,7 @@ def report(model, folder, images, heldout, epochs_left):
         f"constants  {', '.join(changed) or 'all at their defaults'}\noutputs    "
         f"{checkpoint_path('*')}, training_loss.png, training_log.csv, {Path(PICTURE_DIR)}/")
     need = 20 * parameters * (4 + EPOCHS // CHECKPOINT_EVERY) + 10**6 * epochs_left  # bytes
-    saved = sum(p.stat().st_size for p in find_checkpoints())   # `need` counts these as well
+    saved = sum(p.stat().st_size for p in find_checkpoints() if not RANK)  # in need as well
     if not RANK and (free := shutil.disk_usage(checkpoint_path("last").parent).free + saved) < need:
         raise UserError(f"{checkpoint_path('*').absolute()}: {free / 1e6:.0f} MB free, with these, "
                         f"{need / 1e6:.0f} needed: free some, raise CHECKPOINT_EVERY, lower EPOCHS")

@@ -247,6 +247,18 @@ def test_signal_to_several_processes_before_the_first_step_reaches_training(tiny
         main()
 
 
+def test_signals_of_several_processes_stop_all_by_the_greatest(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "WORLD_SIZE", 2)
+    monkeypatch.setattr(tiny, "finish_average", lambda *_args: None)
+    join = {tiny.dist.ReduceOp.MAX: max, tiny.dist.ReduceOp.SUM: lambda mine, other: mine + other}
+    monkeypatch.setattr(tiny.dist, "all_reduce", lambda number, operation: number.fill_(
+        join[operation](number.item(), signal.SIGTERM)))    # another process's
+    for stop in ([], [signal.SIGINT], [signal.SIGTERM]):
+        with pytest.raises(SystemExit) as ended:
+            tiny.exit_if_asked(SimpleNamespace(save=lambda _name: None), None, None, stop)
+        assert ended.value.code == 128 + signal.SIGTERM
+
+
 def test_each_process_takes_its_own_gpu_and_both_ways_to_the_others(tiny, monkeypatch):
     without_others(monkeypatch)
     asked = []

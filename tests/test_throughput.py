@@ -81,8 +81,8 @@ def test_contenders_take_turns_and_the_table_has_medians_and_the_rounds_own_rati
 
 def test_batch_above_the_data_is_refused_before_it_is_timed(tiny, monkeypatch):
     monkeypatch.setattr(tiny, "BATCH_SIZE", 601)
-    monkeypatch.setattr(throughput.threading, "Thread", lambda **_: SimpleNamespace(
-        start=lambda: None))    # this process has no parent to end with
+    monkeypatch.setattr(throughput, "threading", SimpleNamespace(   # no parent to end with
+        Thread=lambda **_: SimpleNamespace(start=lambda: None)))
     with pytest.raises(UserError, match="BATCH_SIZE must be at most 600, .*got 601"):
         throughput.set_up("ours", False, 128)
 

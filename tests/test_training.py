@@ -280,7 +280,7 @@ def test_run_whose_terminal_goes_away_trains_on(run, monkeypatch, stop):
     assert ended.value.code == 128 + stop if stop else len(log_rows()) == 3
 
 
-@pytest.mark.parametrize("name", ["glibc", ""])     # "": musl, macOS or Windows
+@pytest.mark.parametrize("name", ["glibc", ""])     # "": musl or macOS
 def test_main_has_glibc_and_no_other_library_keep_freed_memory(tiny, monkeypatch, name):
     asked = []
     libc = type("libc", (), {"mallopt": lambda *args: asked.append(args)})
@@ -1008,7 +1008,7 @@ def test_failed_write_leaves_the_old_file_and_no_half_one(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("refused, system", [(4, "win32"), (5, "win32"), (1, "linux")])
-def test_file_that_another_program_reads_is_tried_again_on_windows_for_ten_seconds(
+def test_file_that_another_program_reads_is_tried_again_for_ten_seconds_on_windows_alone(
         tmp_path, monkeypatch, refused, system):
     errors, waited, replace = iter([PermissionError(13, "in use")] * refused), [], os.replace
     monkeypatch.setattr(os, "replace", lambda *paths: (

@@ -89,7 +89,7 @@ def train_peer(peer, images, labels, seconds, batch_size):
 
 @contextlib.contextmanager
 def if_possible():
-    """What cannot be written is said, and no reason to lose what took minutes or hours."""
+    """What cannot be written is reported, and no reason to lose what took minutes or hours."""
     try:
         yield
     except script_unet.UserError as error:
