@@ -78,7 +78,7 @@ CHECKPOINT_PREFIX = "fashion_mnist_diffusion"  # what the checkpoints' paths sta
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
                "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 NUM_CLASSES = len(CLASS_NAMES)  # labels 0 ... 9; label 10 is the null class: any of them
-FORMAT = 5  # of the checkpoints, raised when weights of an older version no longer fit
+FORMAT = 5  # of the checkpoints: raise it when their parts, or what their weights mean, change
 MODEL_CONSTANTS = """FORMAT IMG_SIZE NUM_CLASSES PATCH_SIZE CHANNELS BLOCKS EMBEDDING_DIM BETA_END
     ATTENTION_HEAD_DIM NUM_DIFFUSION_STEPS BETA_SCHEDULE BETA_START""".split()  # saved with weights
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes; RANK: this one's number (torchrun)
@@ -273,7 +273,7 @@ def alphas_cumprod(constants=None):
         time = torch.arange(T + 1, dtype=torch.float64) / T
         f = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = 1 - f[1:] / f[:-1]
-    else:
+    elif c["BETA_SCHEDULE"] == "linear":
         betas = torch.linspace(start, end, T, dtype=torch.float64) * 1000 / T
     betas = betas.clamp(max=0.999)
     if betas.min() < 2e-7 or not 1e-30 < (1 - betas).prod() < 1e-3:  # in float32, 1 - 1e-8 is 1
@@ -378,7 +378,7 @@ def guidance(model):
 @torch.no_grad()
 def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
            callback=lambda t, x_t: None, batch_size=500):
-    """Images (N, 1, H, W) in [-1, 1] of the labels (N,), by a model in eval mode, on its device.
+    """Images (N, 1, H, W) in [-1, 1] of int labels (N,), by a model in eval mode, on its device.
     steps (1 to T), eta and seed default to the constants, the scale (None, 0) to guidance(). eta 0:
     second-order solver and corrector [6]; 1 with T steps: DDPM [1]; between: the solver plus noise.
     All leave SAMPLING_GRAIN of the noise (at most t = 0's) on clothes: predictions are too smooth.
@@ -431,8 +431,8 @@ def update_average(average, model, step):
 
 @torch.no_grad()
 def refresh_batch_norm(model, images, labels, batches=20, batch_size=256):
-    """Measure batch normalization's statistics for these weights, on noisy training images.
-    Averaged weights fit neither the statistics of the last weights nor an average of them."""
+    """Measure batch normalization's statistics for these weights, on noisy images, all t alike, as
+    in training. Averaged weights fit neither those of the last weights nor an average of them."""
     for norm in (part for part in model.eval().modules() if isinstance(part, nn.BatchNorm2d)):
         norm.train().reset_running_stats()
         norm.momentum = None  # the plain mean over the batches
@@ -543,21 +543,21 @@ def draw_losses(history):
     save_figure(figure, "training_loss.png")
 
 # ---- Checkpoints -------------------------------------------------------------------------------
-TRAINED = ("model", "average", "guide", "muon", "adamw")  # a Trainer's 3 models, then optimizers
+TRAINED = ("model", "average", "guide", "muon", "adamw")  # a Trainer's models and optimizers
 def checkpoint_path(what): return Path(f"{CHECKPOINT_PREFIX}_{what}.pt")  # "last", "epoch_10" ...
 def find_checkpoints():  # that exist; "epoch_" and 1 to 7 digits, so that "epoch_2_copy" is not one
     whats = "last", "best_model", *("epoch_" + "[0-9]" * n for n in range(1, 8))
     return [Path(p) for w in whats for p in glob.glob(f"{glob.escape(CHECKPOINT_PREFIX)}_{w}.pt")]
 
 def read_checkpoint(path):
-    """The checked state in a file, executing nothing. Raises UserError, naming a bad file."""
+    """The checked state in a file; parts that another FORMAT lacks are {}. Raises UserError."""
     try:
         state = torch.load(data := io.BytesIO(Path(path).read_bytes()), "cpu", weights_only=True)
-        state.setdefault("guide", state["average"])  # an older FORMAT, refused later
+        if state["constants"].get("FORMAT") != FORMAT: state = dict.fromkeys(TRAINED, {}) | state
         [state[x].keys() for x in ("constants", *TRAINED)], state["progress"]["step"] + 0  # there?
-        if zipfile.ZipFile(data).testzip() or not all(  # checksums, which torch.load ignores
-                v.isfinite().all() for part in TRAINED[:3] for v in state[part].values()):
-            raise ValueError("its values are damaged or not finite")
+        weights = [v for x in TRAINED for v in state[x].values() if torch.is_tensor(v)]
+        if zipfile.ZipFile(data).testzip() or not all(v.isfinite().all() for v in weights):
+            raise ValueError("its values are damaged or not finite")  # torch.load ignores checksums
     except Exception as error:  # torch.load raises whatever the bytes suggest to it
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:100]
         raise UserError(f"{path} cannot be read as this script's checkpoint ({reason})") from error
@@ -567,9 +567,9 @@ def load_denoiser(path, device=None):
     """A checkpoint's averaged model, frozen, its guide on the same device. Raises UserError."""
     state, device = read_checkpoint(path), device or pick_device()
     try:
-        model, guide = (FashionMNISTUNetDenoiser(state["constants"]).eval() for _ in range(2))
-        model.requires_grad_(False).load_state_dict(state["average"])
-        guide.requires_grad_(False).load_state_dict(state["guide"])
+        if (c := state["constants"])["FORMAT"] != FORMAT: raise ValueError(f"not of {FORMAT=}")
+        model, guide = (FashionMNISTUNetDenoiser(c).eval().requires_grad_(False) for _ in range(2))
+        for net, part in ((model, "average"), (guide, "guide")): net.load_state_dict(state[part])
     except (RuntimeError, TypeError, LookupError, ValueError) as error:
         raise UserError(f"{path} does not fit this script's model: {error}") from error
     model.guide = (guide.to(device, memory_format=torch.channels_last),)
@@ -656,7 +656,7 @@ class Trainer:
             self.network.abar = self.model.abar  # for diffusion_loss
         self.kernels = [p for p in self.model.parameters() if p.ndim == 4 and min(p.shape[:2]) > 15]
         rest = [p for p in self.model.parameters() if all(p is not k for k in self.kernels)]
-        # Muon orthogonalizes updates of matrices (out, h * w * in): views of the kernels' memory
+        # Muon orthogonalizes updates of matrices (out, h * w * in): views, so load kernels in place
         self.matrices = [nn.Parameter(k.data.movedim(1, 3).view(len(k), -1)) for k in self.kernels]
         self.muon = torch.optim.Muon([{"params": self.matrices}], MUON_LEARNING_RATE,
                                      momentum=0.9, ns_steps=3)  # torch's 0.95: no better; 5: slower

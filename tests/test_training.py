@@ -748,12 +748,14 @@ def test_checkpoint_of_an_older_version_is_refused(run, monkeypatch):
         patch.setattr(script_unet, "FORMAT", 1)
         patch.setattr(script_unet, "EPOCHS", 1)
         run()
-    for names in ((), ("guide",)):  # which the oldest did not have
+    for names in ((), ("guide", "muon")):   # which the oldest did not have
         state = torch.load(checkpoint("last"), weights_only=True)
         for path in Path().glob("*.pt"):
             torch.save({name: state[name] for name in state if name not in names}, path)
         with pytest.raises(UserError, match=r"FORMAT was 1, is \d+.*RESUME"):
             run()
+        with pytest.raises(UserError, match=r"last.pt does not fit .*not of FORMAT=\d+"):
+            load_denoiser(checkpoint("last"))
 
 
 def test_resumed_run_follows_a_change_of_rates_and_weight_decay(run, monkeypatch):
