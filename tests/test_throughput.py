@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import checkpoint, log_rows
+from torch.utils.flop_counter import FlopCounterMode
 
 import peers
 import ten_minutes
@@ -79,15 +80,29 @@ def test_contenders_take_turns_and_the_table_has_medians_and_the_rounds_own_rati
     assert "45 GFLOP/s (a step as three forward passes of 50.0 MFLOP), 45% of the 100" in printed
 
 
-def test_batch_above_the_data_is_refused_before_it_is_timed(tiny, monkeypatch):
-    monkeypatch.setattr(tiny, "BATCH_SIZE", 601)
-    monkeypatch.setattr(throughput, "threading", SimpleNamespace(   # no parent to end with
+@pytest.fixture
+def alone(monkeypatch):
+    """A contender's set_up(), in a process that has no parent to end with."""
+    monkeypatch.setattr(throughput, "threading", SimpleNamespace(
         Thread=lambda **_: SimpleNamespace(start=lambda: None)))
+    monkeypatch.setattr(throughput, "contender", {})
+
+
+def test_batch_above_the_data_is_refused_before_it_is_timed(tiny, alone, monkeypatch):
+    monkeypatch.setattr(tiny, "BATCH_SIZE", 601)
     with pytest.raises(UserError, match="BATCH_SIZE must be at most 600, .*got 601"):
         throughput.set_up("ours", False, 128)
 
 
-@pytest.mark.parametrize("seconds, epochs", [(4.5, 2), (0.1, 1)])
+def test_matrix_product_is_of_as_many_operations_as_it_says(monkeypatch):
+    monkeypatch.setattr(throughput, "MATRIX_SIZE", 8)
+    step = throughput.matrix_product(CPU, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        assert step() == 2 * 8**3
+    assert counter.get_total_flops() == 2 * 8**3
+
+
+@pytest.mark.parametrize("seconds, epochs", [(4.5, 2), (6.3, 2), (0.1, 1)])
 def test_ten_minutes_are_as_many_whole_epochs_as_fit_by_the_measured_rate(
         tiny, monkeypatch, pictures, seconds, epochs):
     monkeypatch.setattr(tiny, "BATCH_SIZE", 90)     # an epoch is 540 of the 600 images
@@ -100,11 +115,35 @@ def test_ten_minutes_are_as_many_whole_epochs_as_fit_by_the_measured_rate(
     assert read_checkpoint(path)["progress"]["epoch"] == epochs == len(log_rows())
 
 
+def test_training_time_is_that_of_the_steps_alone(tiny, monkeypatch, pictures):
+    now = [0.0]
+
+    def step(trainer, *_args):
+        now[0] += 1
+        trainer.progress["step"] += 1
+
+    def finish_epoch(trainer, *_args):
+        now[0] += 100
+        trainer.progress["history"].append({"epoch": 1, "train_loss": 1.0, "heldout_loss": 1.0})
+
+    monkeypatch.setattr(ten_minutes, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(throughput, "clock", lambda _device: now[0])
+    monkeypatch.setattr(throughput, "rate", lambda *_args: 100.0)
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(tiny, "finish_epoch", finish_epoch)
+    _, trained = ten_minutes.train_ours(*pictures, None, 12)    # two epochs of six batches of 100
+    assert [trained[name] for name in ("seconds", "images/s", "seconds between the epochs")] == [
+        12, 100, 200]
+
+
 @pytest.fixture
 def judged(tiny, monkeypatch):
-    """ten_minutes.py on 600 black images, without its judge: a list of what was to be judged."""
-    data, judged = (torch.zeros(600, 1, 28, 28).byte(), torch.arange(600) % 10), []
-    for name, value in (("real_images", lambda _split: data), ("evaluate_real", lambda *_: []),
+    """ten_minutes.py on 600 black training images and white test images, without its judge: a
+    list of what was to be judged."""
+    labels, judged = torch.arange(600) % 10, []
+    data = {split: (torch.full((600, 1, 28, 28), gray).byte(), labels)
+            for split, gray in (("train", 0), ("test", 255))}
+    for name, value in (("real_images", data.get), ("evaluate_real", lambda *_: []),
                         ("evaluate", lambda *args: judged.append(args) or {"n": 20}),
                         ("print_table", lambda *_: None),
                         ("load_classifier", lambda _seed: SimpleNamespace(name="judge"))):
@@ -178,6 +217,9 @@ def test_operations_of_a_peer_are_those_of_one_images_loss(tiny):
     peer = Line(CPU)
     peer.loss = lambda x, labels: F.conv2d(x, torch.ones(4, 1, 3, 3), padding=1).sum()
     assert peer.operations() == 2 * 28 * 28 * 9 * 4
+    tokens = torch.ones(1, 1, 28, 4)
+    peer.loss = lambda x, labels: F.scaled_dot_product_attention(tokens, tokens, tokens).sum()
+    assert peer.operations() == 2 * 2 * 28 * 28 * 4     # two products
 
 
 @pytest.fixture
@@ -187,6 +229,60 @@ def line(monkeypatch):
     monkeypatch.setattr(Line, "generate", lambda self, labels: (labels / 127.5 - 1).view(
         -1, 1, 1, 1).expand(-1, 1, 28, 28))
     monkeypatch.setitem(peers.PEERS, "diffusers", Line)
+
+
+def test_contender_takes_the_batches_and_the_allocator_that_it_is_given(
+        tiny, alone, line, pictures, monkeypatch):
+    asked, seen = [], []
+    monkeypatch.setattr(tiny, "keep_freed_memory", lambda: asked.append(True))
+    monkeypatch.setattr(Line, "batch_size", 7)
+    monkeypatch.setattr(Line, "step", lambda _peer, *batch: seen.append(batch))
+    labels = {bytes(x.flatten().tolist()): y for x, y in zip(*pictures)}
+    for keep in (False, True):
+        throughput.set_up("diffusers", keep, 64)
+        assert throughput.contender["step"]() == 64 == len(seen[-1][1])
+        assert [labels[bytes(x.flatten().tolist())] for x in seen[-1][0]] == seen[-1][1].tolist()
+        assert len(asked) == keep
+
+
+@pytest.mark.parametrize("options, batch_size", [
+    ([], None), (["--peer", "diffusers"], 64), (["--peer", "diffusers", "--batch-size", "32"], 32)])
+def test_ten_minutes_are_of_the_training_images_for_so_long_and_the_classes_asked_for(
+        tiny, judged, line, monkeypatch, options, batch_size):
+    taken = []
+    monkeypatch.setattr(Line, "batch_size", 64)
+    monkeypatch.setattr(Line, "conditional", True)
+
+    def train_ours(*args):
+        Trainer(CPU).save("last")
+        return checkpoint("last").absolute(), taken.extend(args)
+
+    monkeypatch.setattr(ten_minutes, "train_ours", train_ours)
+    monkeypatch.setattr(ten_minutes, "train_peer", lambda peer, *args: taken.extend(args))
+    monkeypatch.setattr("sys.argv", ["ten_minutes.py", "--samples", "2", "--output", "here",
+                                     "--seconds", "5", "--seed", "3", *options])
+    ten_minutes.main()
+    images, labels, *rest = taken
+    assert not images.any() and len(labels) == 600 and torch.initial_seed() == 3
+    if options:
+        assert rest == [5, batch_size]
+    else:
+        assert rest[0][0].eq(255).all() and rest[1:] == [5]     # held out
+    assert judged[0][1].tolist() == [c for c in range(10) for _ in range(2)]
+
+
+def test_diffusers_peer_learns_the_noise_of_a_class_and_samples_by_it(monkeypatch):
+    peer, labels = peers.Diffusers(CPU), torch.arange(10)
+    clean = torch.linspace(-0.9, 0.9, 10).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
+    with torch.no_grad():
+        one, other = (peer.noise(clean[:1], torch.tensor(5), labels[i:i + 1]) for i in (0, 1))
+    assert (one - other).abs().max() > 1e-3 and peer.conditional
+    abar = peer.scheduler.alphas_cumprod.view(-1, 1, 1, 1)
+    monkeypatch.setattr(peer, "noise", lambda x, t, labels: (       # without any error
+        x - abar[t].sqrt() * clean[labels]) / (1 - abar[t]).sqrt())
+    assert peer.loss(clean, labels) < 1e-6
+    images = peer.sample(labels)[:, 0, 0, 0] / 127.5 - 1
+    torch.testing.assert_close(images, clean[:, 0, 0, 0], rtol=0, atol=0.01)
 
 
 def test_peers_ten_minutes_are_judged_and_kept(tiny, judged, line, monkeypatch):
@@ -259,4 +355,6 @@ def test_peer_is_trained_on_each_image_once_an_epoch_until_the_time_is_up(monkey
         assert torch.equal((127.5 * (x + 1)).round().long(), batch)
     epoch = torch.cat([batch for _, batch in peer.batches[:3]])
     assert sorted(epoch.tolist()) == list(range(10))
+    again = torch.cat([batch for _, batch in peer.batches[3:6]])
+    assert sorted(again.tolist()) == list(range(10)) and not torch.equal(again, epoch)
     assert "trained 7 s, 7 updates of 4 images, 3 images/s" in capsys.readouterr().out

@@ -98,6 +98,17 @@ def test_a_trial_draws_what_the_trainer_draws_from(tiny, pictures, device):
     assert abs(trial.noise.mean()) < 0.01 and abs(trial.noise.std() - 1) < 0.01
 
 
+def test_noise_levels_of_trials_are_even_where_a_batch_does_not_spread_over_them_evenly(
+        tiny, pictures, monkeypatch):
+    monkeypatch.setattr(tiny, "BATCH_SIZE", 30)
+    trial, drawn = trials.Trial(0, *pictures), []
+    for epoch in range(10):
+        trial.draw(epoch)
+        drawn.append(trial.t.flatten().clone())
+    shares = torch.cat(drawn).bincount(minlength=20) / 6000
+    assert shares.tolist() == pytest.approx([0.05] * 20, abs=0.005)
+
+
 def test_each_seed_and_epoch_of_the_trials_has_draws_of_its_own(tiny, pictures):
     trial, other = (trials.Trial(seed, *pictures) for seed in (0, 1))
     draws = []
@@ -113,7 +124,11 @@ def test_each_seed_and_epoch_of_the_trials_has_draws_of_its_own(tiny, pictures):
 def test_trials_learn_side_by_side_and_leave_checkpoints(
         tiny, monkeypatch, capsys, device, epochs, guided):
     monkeypatch.setattr(sys, "argv", ["trials.py", "--seeds", "0", "1", "--epochs", str(epochs)])
+    drawn, draw = {0: [], 1: []}, trials.Trial.draw
+    monkeypatch.setattr(trials.Trial, "draw", lambda trial, epoch: (
+        drawn[trial.seed].append(epoch), draw(trial, epoch)))
     trials.main()
+    assert all(epoch[-epochs:] == list(range(epochs)) for epoch in drawn.values())
     *_, last, first, second = capsys.readouterr().out.splitlines()
     losses = [float(line.split()[4].rstrip(",")) for line in (first, second)]
     assert f"epoch {epochs}/{epochs}" in last and all(0.05 < loss < 0.72 for loss in losses)
@@ -122,6 +137,8 @@ def test_trials_learn_side_by_side_and_leave_checkpoints(
         model = tiny.load_denoiser(f"trial_seed{seed}_last.pt", torch.device("cpu"))
         assert model.epochs == epochs and model.guide[0].epochs == guided
         assert torch.isfinite(tiny.sample(model, range(10), seed=0)).all()
+        heldout = tiny.heldout_loss(model, *tiny.load_fashion_mnist("test"))["loss"]
+        assert losses[seed] == pytest.approx(heldout, abs=2e-5 if device.type == "cpu" else 1e-3)
     monkeypatch.setattr(trials, "train", None)      # what must not be reached
     with pytest.raises(SystemExit, match="trial_seed0_last.pt is of an earlier run"):
         trials.main()
