@@ -422,6 +422,22 @@ def test_guidance_extrapolates_from_the_guide_to_the_model(scale):
     close(image, (weak + scale * (strong - weak)).clamp(-1, 1), 1e-4)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+def test_guidance_is_the_same_at_every_step_and_by_the_guide_of_the_same_class(eta, scale):
+    def weak(x_t, t, labels):
+        return 1.2 * torch.cos(x_t + labels.view(-1, 1, 1, 1))
+
+    def guided(*asked):     # clipped by sample() as any prediction
+        weaker, stronger = weak(*asked).clamp(-1, 1), wavy(*asked).clamp(-1, 1)
+        return weaker + scale * (stronger - weaker)
+
+    model, options = Predictor(wavy), {"steps": 10, "eta": eta}
+    model.guide = (Predictor(weak),)
+    close(sample(model, [1, 2, 7], guidance_scale=scale, **options),
+          sample(Predictor(guided), [1, 2, 7], guidance_scale=1.0, **options), 1e-3)
+
+
 def test_background_that_model_and_guide_both_overshoot_stays_black():
     model, guide = (Predictor(lambda x_t, t, labels, x=x: x + 0 * x_t) for x in (-1.2, -1.6))
     model.guide = (guide,)

@@ -44,6 +44,17 @@ def test_patch_conv_makes_one_cell_a_patch_which_expand_with_inverse_weights_und
     torch.testing.assert_close(back(cells, (height, width)), x)
 
 
+@pytest.mark.parametrize("patch", [1, 2, 3])
+def test_patches_of_several_channels_are_strided_convolutions(patch):
+    there, back = PatchConv(3, 5, patch), PatchExpand(5, 3, patch)
+    x, cells = torch.randn(2, 3, 4 * patch, 2 * patch), torch.randn(2, 5, 4, 2)
+    weight = there.conv.weight.view(5, patch, patch, 3).permute(0, 3, 1, 2)
+    torch.testing.assert_close(there(x), nn.functional.conv2d(x, weight, stride=patch))
+    weight = back.conv.weight.view(patch, patch, 3, 5).permute(3, 2, 0, 1)
+    torch.testing.assert_close(back(cells, x.shape[-2:]), nn.functional.conv_transpose2d(
+        cells, weight, stride=patch))
+
+
 @pytest.mark.parametrize("patch", [2, 3, 4])
 def test_padding_is_shared_evenly_between_the_sides(patch):
     module = PatchConv(1, 1, patch).requires_grad_(False)
@@ -139,6 +150,33 @@ def test_dropout_acts_in_training_alone(block, separable):
     assert not torch.equal(module(x, emb), module(x, emb))
 
 
+@pytest.mark.parametrize("kind", [(False, 3), (False, 1), (True, 3)])
+def test_dropout_is_of_what_the_last_convolution_takes(kind):
+    block, taken = awake(DoubleConv(8, 12, 0.5, *kind)), []
+    block.second[-1].register_forward_pre_hook(lambda _conv, args: taken.append(args[0]))
+    x, emb = torch.randn(2, 8, 5, 7), torch.randn(2, 12)
+    block(x, emb)
+    dropout, = (part for part in block.modules() if isinstance(part, nn.Dropout))
+    dropout.train()
+    block(x, emb)
+    whole, dropped = taken
+    torch.testing.assert_close(dropped[dropped != 0], 2 * whole[dropped != 0])
+    assert 0.3 < (dropped != 0).float().mean() < 0.6
+
+
+def test_blocks_run_one_after_another_on_the_way_up_on_the_sum_with_the_skip():
+    x, skip, emb = torch.randn(2, 3, 5, 5), torch.randn(2, 4, 5, 5), torch.randn(2, 8)
+    down, up = awake(Down(3, 6, 2, 3, 8)), awake(Up(6, 4, 2, 2, 8))
+    coarse = down.patch_conv(x)
+    for i in range(3):
+        coarse = down.blocks[i](coarse, emb)
+    torch.testing.assert_close(down(x, emb), coarse)
+    fine = up.patch_expand(coarse, (5, 5)) + skip
+    for i in range(2):
+        fine = up.blocks[i](fine, emb)
+    torch.testing.assert_close(up(coarse, skip, emb), fine)
+
+
 @pytest.mark.parametrize("patch", [1, 2, 3, 4])
 @pytest.mark.parametrize("height, width", SIZES)
 def test_up_returns_to_the_grid_that_down_left(height, width, patch):
@@ -223,7 +261,13 @@ def test_every_weight_gets_a_gradient_at_every_image_and_patch_size(
 def test_every_depth_runs(tiny, size, channels, blocks):
     model = awake(FashionMNISTUNetDenoiser(
         {"IMG_SIZE": size, "CHANNELS": channels, "BLOCKS": blocks}))
-    assert sample(model, [0, 1], steps=2).shape == (2, 1, size, size)
+    sides = []
+    for down in model.downs:
+        down.register_forward_hook(lambda _down, args, y: sides.append(
+            (args[0].shape[-1], y.shape[-1])))
+    assert sample(model, [0, 1], steps=1).shape == (2, 1, size, size)
+    for (before, after), patch in zip(sides, (4, 2, 2, 2)):
+        assert after == -(-before // patch)
 
 
 def test_each_resolution_has_its_own_number_of_blocks_on_the_way_down_and_up(tiny):
@@ -243,6 +287,16 @@ def test_constants_of_the_call_override_those_of_the_module(tiny):
     assert len(model.abar) == 7 and model.constants["CHANNELS"] == (16, 16)
     assert {name: model.constants[name] for name in ("IMG_SIZE", "EMBEDDING_DIM")} == {
         name: TINY[name] for name in ("IMG_SIZE", "EMBEDDING_DIM")}
+
+
+def test_loaded_model_has_the_noise_schedule_of_its_checkpoint(tiny, monkeypatch):
+    with monkeypatch.context() as patch:
+        for name, value in (("BETA_SCHEDULE", "linear"), ("BETA_START", 2e-4), ("BETA_END", 0.03),
+                            ("NUM_DIFFUSION_STEPS", 100)):
+            patch.setattr(tiny, name, value)
+        Trainer(torch.device("cpu")).save("last")
+    expected = np.cumprod(1 - np.linspace(2e-4, 0.03, 100) * 10)
+    np.testing.assert_allclose(load_denoiser(checkpoint("last")).abar.cpu(), expected, rtol=1e-4)
 
 
 def test_untrained_model_predicts_v_zero(tiny):

@@ -131,6 +131,19 @@ def test_pictures_name_classes_steps_epoch_and_guidance(
     assert any(["t = 19", f"t = {t}", "image"] == names[1] for t in visited[1:3])
 
 
+def test_steps_that_are_shown_are_spread_over_the_whole_way(tiny, monkeypatch, figures):
+    def sample(_model, labels, callback):
+        for t in range(22, -2, -1):
+            callback(t, torch.zeros(len(labels), 1, 28, 28))
+        return torch.zeros(len(labels), 1, 28, 28)
+
+    monkeypatch.setattr(tiny, "sample", sample)
+    monkeypatch.setattr(tiny, "PICTURE_COLUMNS", 4)
+    generate_visualizations(FashionMNISTUNetDenoiser(), 7)
+    names = [label.get_text() for label in figures[1].axes[0].get_xticklabels()]
+    assert names == ["t = 22", "t = 14", "t = 7", "image"]      # 0, 7.7, 15.3 and 23 of 23
+
+
 def test_class_names_are_drawn_as_they_are_written(tiny, monkeypatch, figures):
     names = ("$$", "$_$", "US$/A$", "{x}", "a_b^c", "\\alpha", "%d", "#", "&", "Größe")
     monkeypatch.setattr(tiny, "CLASS_NAMES", names)

@@ -891,7 +891,7 @@ def test_divergence_stops_the_run_before_anything_good_is_overwritten(
 
 @pytest.mark.parametrize("loss", [10.0, 20.0, float("inf"), float("nan")])
 def test_loss_of_a_dozen_times_an_untrained_models_is_divergence(loss):
-    assert script_unet.check_loss(2.0) == 2.0
+    assert script_unet.check_loss(9.9) == 9.9
     with pytest.raises(UserError, match="diverged"):
         script_unet.check_loss(loss)
 
@@ -1318,7 +1318,8 @@ def test_batch_statistics_are_measured_on_5120_noisy_training_images_with_their_
     x_start, t, y, noise = map(torch.cat, zip(*seen))
     labels = {bytes(x.flatten().tolist()): label for x, label in zip(pictures[0], pictures[1])}
     assert [labels[bytes(x.flatten().tolist())] for x in tiny.to_uint8(x_start)] == y.tolist()
-    assert len(t) == 5120 and len(set(t.tolist())) == 20
+    assert len(t) == len(noise.flatten(1).unique(dim=0)) == 5120 and len(set(t.tolist())) == 20
+    assert len(x_start.flatten(1).unique(dim=0)) > 580      # of 600
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
 
 
@@ -1355,6 +1356,17 @@ def test_pictures_and_metrics_leave_all_random_state_alone(tiny, monkeypatch):
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert all(map(np.array_equal, np.random.get_state(), before[2]))
+
+
+@pytest.mark.parametrize("ends", [lambda _stop: None, raising(SystemExit)])
+def test_a_run_gives_its_caller_the_signal_handlers_back(tiny, monkeypatch, ends):
+    own = {number: lambda *_args: None for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in own:
+        signal.signal(number, own[number])
+    monkeypatch.setattr(tiny, "run", ends)
+    with contextlib.suppress(SystemExit):
+        main()
+    assert {number: signal.getsignal(number) for number in own} == own
 
 
 def test_a_run_leaves_its_callers_random_numbers_alone(run):
