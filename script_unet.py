@@ -220,7 +220,6 @@ class ResBlock(nn.Module):
         self.double_conv = DoubleConv(*args, **kwargs)
     def forward(self, x, emb):
         return x + self.double_conv(x, emb)                         # (B, C, H, W)
-
 class Blocks(nn.ModuleList):  # ResBlocks in a row; (B, C, H, W), emb (B, E) -> (B, C, H, W)
     def forward(self, x, emb):
         for block in self: x = block(x, emb)
@@ -535,11 +534,12 @@ def draw_losses(history):
             y, fmt = [row[f"{kind}_{level}"] for row in history], f"C{i}{style}"
             panels[min(i, 1)].plot(epochs, y, fmt, label=f"{kind} {level}: {y[-1]:.4f}")
     for axes, title in zip(panels, ("All steps", "By noise level (early steps: little noise)")):
-        axes.set(title=title, xlabel="epoch", ylabel="loss", yscale="log")
+        top = 1.2 * max(line.get_ydata()[-1] for line in axes.lines)    # the first may lie above
+        axes.set(title=title, xlabel="epoch", ylabel="loss", yscale="log", ylim=(None, top))
         axes.xaxis.set(major_locator=MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set(major_locator=MaxNLocator(12), major_formatter="{x:.3g}", minor_formatter="")
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(ncols=2, fontsize="small")
     save_figure(figure, "training_loss.png")
 
 # ---- Checkpoints -------------------------------------------------------------------------------

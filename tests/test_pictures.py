@@ -199,6 +199,18 @@ def test_loss_picture_draws_both_losses_by_noise_level_from_the_first_epoch(tiny
     assert Path("training_loss.png").exists()
 
 
+@pytest.mark.parametrize("first", [0.33, 0.14, 9.9])
+def test_loss_picture_shows_the_late_epochs_however_high_the_first_ones_losses_were(
+        tiny, figures, first):
+    draw_losses([{"epoch": epoch, **{
+        f"{kind}_{level}": first if epoch == 1 else 0.12
+        for kind in ("train", "heldout") for level in ("loss", "early", "middle", "late")}}
+        for epoch in (1, 2, 3)])
+    for axes in figures[0].axes:
+        bottom, top = axes.get_ylim()
+        assert 0.06 < bottom < 0.12 and top == pytest.approx(1.2 * 0.12)
+
+
 @pytest.mark.parametrize("epochs", [1, 3, 150])
 def test_loss_picture_can_be_read_off_it_has_decimals_whole_epochs_and_the_last_losses(
         tiny, figures, epochs):
