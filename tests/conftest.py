@@ -43,7 +43,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def alike():
-    """The same random numbers and signal handlers in a test, whatever ran before it."""
+    """Torch's random numbers and the signal handlers are alike, whatever test ran before."""
     torch.manual_seed(0)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield

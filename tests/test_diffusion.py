@@ -290,7 +290,7 @@ def test_grain_is_noise_of_so_many_gray_levels_on_clothes_and_none_on_black(
     monkeypatch.setattr(script_unet, "SAMPLING_GRAIN", grain)
     clothes = torch.tensor([-1, -1 + 0.9 / 255, -1 + 9 / 127.5, 0, 0.5, 1]).repeat(10)[None, :60]
     model = Predictor(lambda x_t, t, labels: clothes + 0 * x_t, size=60)
-    images = sample(model, [0] * 20, steps=10, eta=eta)
+    images = sample(model, [0] * 100, steps=10, eta=eta)
     black, dark, gray = images[..., 0::6], images[..., 1::6], images[..., 3::6]
     assert (black == -1).all() and (dark == -1 + 0.9 / 255).all()
     assert 127.5 * gray.std().item() == pytest.approx(grain, rel=0.02, abs=1e-4)
@@ -422,9 +422,8 @@ def test_guidance_extrapolates_from_the_guide_to_the_model(scale):
     close(image, (weak + scale * (strong - weak)).clamp(-1, 1), 1e-4)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("scale", [0.5, 3.0])
-def test_guidance_is_the_same_at_every_step_and_by_the_guide_of_the_same_class(eta, scale):
+def test_guidance_is_the_same_at_every_step_and_by_the_guide_of_the_same_class(scale):
     def weak(x_t, t, labels):
         return 1.2 * torch.cos(x_t + labels.view(-1, 1, 1, 1))
 
@@ -432,7 +431,7 @@ def test_guidance_is_the_same_at_every_step_and_by_the_guide_of_the_same_class(e
         weaker, stronger = weak(*asked).clamp(-1, 1), wavy(*asked).clamp(-1, 1)
         return weaker + scale * (stronger - weaker)
 
-    model, options = Predictor(wavy), {"steps": 10, "eta": eta}
+    model, options = Predictor(wavy), {"steps": 10, "eta": 0.0}
     model.guide = (Predictor(weak),)
     close(sample(model, [1, 2, 7], guidance_scale=scale, **options),
           sample(Predictor(guided), [1, 2, 7], guidance_scale=1.0, **options), 1e-3)
