@@ -668,7 +668,7 @@ class Trainer:
         if not all(p.isfinite().all() for p in self.model.parameters()): check_loss(math.nan)
         torch.save({"constants": self.model.constants, "progress": self.progress,
                     **{x: getattr(self, x).state_dict() for x in TRAINED}}, buffer := io.BytesIO())
-        for name in names: atomic_write(checkpoint_path(name), buffer.getbuffer())
+        for name in names: atomic_write(checkpoint_path(name), buffer.getvalue())
 
     def save_epoch(self):
         """Write the checkpoints that are due at the end of an epoch, "last" last."""

@@ -93,7 +93,7 @@ def cached(name, compute):
             torch.save(compute(), data := io.BytesIO())
             try:
                 with open(beside, "wb") as file:
-                    file.write(data.getbuffer())
+                    file.write(data.getvalue())
                     file.flush()
                     os.fsync(file.fileno())
                 if not path.exists():   # of two runs the first one's stays, for both

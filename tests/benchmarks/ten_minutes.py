@@ -98,7 +98,7 @@ def if_possible():
 
 def save(content, path):
     torch.save(content, buffer := io.BytesIO())
-    script_unet.atomic_write(path, buffer.getbuffer())
+    script_unet.atomic_write(path, buffer.getvalue())
 
 
 def measure(args, name, changed, peer, train, test, data):
