@@ -98,6 +98,7 @@ def generator(*keys):
     """A torch.Generator, on the CPU, for the stream that the keys name, e.g. "order", SEED, 17."""
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
 def pick_device():  # not MPS: wrong channels_last gradients (pytorch issues 107214, 175189)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -220,6 +221,7 @@ class ResBlock(nn.Module):
         self.double_conv = DoubleConv(*args, **kwargs)
     def forward(self, x, emb):
         return x + self.double_conv(x, emb)                         # (B, C, H, W)
+
 class Blocks(nn.ModuleList):  # ResBlocks in a row; (B, C, H, W), emb (B, E) -> (B, C, H, W)
     def forward(self, x, emb):
         for block in self: x = block(x, emb)
@@ -268,13 +270,11 @@ def alphas_cumprod(constants=None):
     noise; betas <= 0.999. UserError unless abar[T-1] is 1e-30 to 0.001, each beta 2e-7 or more."""
     c = model_constants(constants)
     T, start, end = c["NUM_DIFFUSION_STEPS"], c["BETA_START"], c["BETA_END"]
-    if c["BETA_SCHEDULE"] == "cosine":
-        time = torch.arange(T + 1, dtype=torch.float64) / T
-        f = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = 1 - f[1:] / f[:-1]
-    elif c["BETA_SCHEDULE"] == "linear":
-        betas = torch.linspace(start, end, T, dtype=torch.float64) * 1000 / T
-    betas = betas.clamp(max=0.999)
+    time = torch.arange(T + 1, dtype=torch.float64) / T
+    f = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+    betas = {"cosine": 1 - f[1:] / f[:-1],
+             "linear": torch.linspace(start, end, T, dtype=torch.float64) * 1000 / T}
+    betas = betas[c["BETA_SCHEDULE"]].clamp(max=0.999)
     if betas.min() < 2e-7 or not 1e-30 < (1 - betas).prod() < 1e-3:  # in float32, 1 - 1e-8 is 1
         raise UserError("BETA_START and BETA_END must leave a share of 1e-30 to 0.001 of the image "
                         f"at the end, 1000 / T times each be 2e-7 or more, got {start} and {end}")
@@ -430,8 +430,8 @@ def update_average(average, model, step):
 
 @torch.no_grad()
 def refresh_batch_norm(model, images, labels, batches=20, batch_size=256):
-    """Measure batch normalization's statistics for these weights, on noisy images, all t alike, as
-    in training. Averaged weights fit neither those of the last weights nor an average of them."""
+    """Measure batch normalization's statistics for these weights, on noisy images of every t.
+    Averaged weights fit neither the statistics of the last weights nor an average of them."""
     for norm in (part for part in model.eval().modules() if isinstance(part, nn.BatchNorm2d)):
         norm.train().reset_running_stats()
         norm.momentum = None  # the plain mean over the batches
@@ -534,7 +534,7 @@ def draw_losses(history):
             y, fmt = [row[f"{kind}_{level}"] for row in history], f"C{i}{style}"
             panels[min(i, 1)].plot(epochs, y, fmt, label=f"{kind} {level}: {y[-1]:.4f}")
     for axes, title in zip(panels, ("All steps", "By noise level (early steps: little noise)")):
-        top = 1.2 * max(line.get_ydata()[-1] for line in axes.lines)    # the first may lie above
+        top = 1.2 * np.nanmax([line.get_ydata()[-1] for line in axes.lines])   # first may be above
         axes.set(title=title, xlabel="epoch", ylabel="loss", yscale="log", ylim=(None, top))
         axes.xaxis.set(major_locator=MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set(major_locator=MaxNLocator(12), major_formatter="{x:.3g}", minor_formatter="")
@@ -567,7 +567,7 @@ def load_denoiser(path, device=None):
     """A checkpoint's averaged model, frozen, its guide on the same device. Raises UserError."""
     state, device = read_checkpoint(path), device or pick_device()
     try:
-        if (c := state["constants"])["FORMAT"] != FORMAT: raise ValueError(f"not of {FORMAT=}")
+        if (c := state["constants"]).get("FORMAT") != FORMAT: raise ValueError(f"not of {FORMAT=}")
         model, guide = (FashionMNISTUNetDenoiser(c).eval().requires_grad_(False) for _ in range(2))
         for net, part in ((model, "average"), (guide, "guide")): net.load_state_dict(state[part])
     except (RuntimeError, TypeError, LookupError, ValueError) as error:

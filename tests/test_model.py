@@ -165,6 +165,7 @@ def test_blocks_run_one_after_another_on_the_way_up_on_the_sum_with_the_skip():
     for i in range(2):
         fine = up.blocks[i](fine, emb)
     torch.testing.assert_close(up(coarse, skip, emb), fine)
+    assert Up(6, 4, 3, 0, 8).patch_expand.conv.weight.shape[:2] == (4 * 3 * 3, 6)
 
 
 # Attention

@@ -746,6 +746,15 @@ def test_checkpoint_of_another_model_is_refused_by_the_constants_name(run, monke
     assert checkpoint("last").read_bytes() == before
 
 
+def test_checkpoint_of_an_unknown_noise_schedule_is_refused(tiny):
+    Trainer(CPU).save("last")
+    state = read_checkpoint(checkpoint("last"))
+    state["constants"]["BETA_SCHEDULE"] = "sigmoid"
+    torch.save(state, checkpoint("last"))
+    with pytest.raises(UserError, match="last.pt does not fit .*sigmoid"):
+        load_denoiser(checkpoint("last"))
+
+
 def test_checkpoint_of_an_older_version_is_refused(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(script_unet, "FORMAT", 1)
