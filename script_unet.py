@@ -430,7 +430,7 @@ def update_average(average, model, step):
 
 @torch.no_grad()
 def refresh_batch_norm(model, images, labels, batches=20, batch_size=256):
-    """Measure batch normalization's statistics for these weights, on noisy images of every t.
+    """Measure batch normalization's statistics for these weights, on noisy training images.
     Averaged weights fit neither the statistics of the last weights nor an average of them."""
     for norm in (part for part in model.eval().modules() if isinstance(part, nn.BatchNorm2d)):
         norm.train().reset_running_stats()

@@ -73,6 +73,12 @@ def pictures():
     return script_unet.load_fashion_mnist("train", DATA / "FashionMNIST" / "raw")
 
 
+def labels_of(images, pictures):
+    """The labels that these uint8 images have among the pictures."""
+    known = {bytes(x.flatten().tolist()): y for x, y in zip(pictures[0], pictures[1].tolist())}
+    return [known[bytes(x.flatten().tolist())] for x in images]
+
+
 def awake(module, seed=0):
     """The module in eval mode with random weights everywhere: zero-initialised ones hide bugs."""
     draw = torch.Generator().manual_seed(seed)

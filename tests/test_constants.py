@@ -26,7 +26,7 @@ from script_unet import UserError, check_constants, main
 SCRIPT = ROOT / "script_unet.py"
 
 BAD = [
-    ("EPOCHS", 0), ("EPOCHS", 1.5), ("EPOCHS", None), ("BATCH_SIZE", 1), ("EPOCHS", True),
+    ("EPOCHS", 0), ("EPOCHS", 1.5), ("EPOCHS", None), ("BATCH_SIZE", 1), ("BATCH_SIZE", True),
     ("LEARNING_RATE", -1e-3), ("LEARNING_RATE", 0), ("LEARNING_RATE", float("nan")),
     ("LEARNING_RATE", "fast"), ("MUON_LEARNING_RATE", float("inf")), ("WARMUP_STEPS", 0),
     ("WEIGHT_DECAY", -0.1), ("GRADIENT_CLIP", 0), ("DROPOUT", 1.0), ("DROPOUT", -0.1),
@@ -40,7 +40,7 @@ BAD = [
     ("BETA_SCHEDULE", "cosin"), ("BETA_SCHEDULE", None), ("BETA_START", 0), ("BETA_END", -0.02),
     ("SAMPLING_STEPS", 0), ("SAMPLING_ETA", -0.1), ("SAMPLING_ETA", 1.1), ("GUIDANCE_SCALE", -1),
     ("CHECKPOINT_EVERY", 0), ("PICTURE_COLUMNS", 0),
-    ("PICTURE_COLUMNS", 1), ("RESUME", 1),
+    ("PICTURE_COLUMNS", 1), ("RESUME", 1), ("EPOCHS", True),
     # Checkpoints of these could not be read
     ("NUM_CLASSES", np.int64(10)), ("NUM_CLASSES", 10.0), ("BETA_END", np.float64(0.02)),
     ("LEARNING_RATE", np.float64(1e-3)),

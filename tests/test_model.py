@@ -165,7 +165,16 @@ def test_blocks_run_one_after_another_on_the_way_up_on_the_sum_with_the_skip():
     for i in range(2):
         fine = up.blocks[i](fine, emb)
     torch.testing.assert_close(up(coarse, skip, emb), fine)
-    assert Up(6, 4, 3, 0, 8).patch_expand.conv.weight.shape[:2] == (4 * 3 * 3, 6)
+
+
+@pytest.mark.parametrize("patch", [1, 2, 3, 4])
+@pytest.mark.parametrize("height, width", SIZES)
+def test_up_returns_to_the_grid_that_down_left(height, width, patch):
+    emb, x = torch.randn(2, 8), torch.randn(2, 3, height, width)
+    skip = awake(Down(3, 4, 1, 1, 8))(x, emb)
+    coarse = awake(Down(4, 6, patch, 2, 8))(skip, emb)
+    assert coarse.shape == (2, 6, -(-height // patch), -(-width // patch))
+    assert awake(Up(6, 4, patch, 2, 8))(coarse, skip, emb).shape == skip.shape
 
 
 # Attention
@@ -237,8 +246,8 @@ def test_every_depth_runs(tiny, size, channels, blocks):
     for down in model.downs:
         down.register_forward_hook(lambda _down, args, y: sides.append(
             (args[0].shape[-1], y.shape[-1])))
-    assert sample(model, [0, 1], steps=1).shape == (2, 1, size, size)
-    for (before, after), patch in zip(sides, (4, 2, 2, 2)):
+    assert sample(model, [0, 1], steps=2).shape == (2, 1, size, size)
+    for (before, after), patch in zip(sides[:len(channels)], (4, 2, 2, 2)):
         assert after == -(-before // patch)
 
 

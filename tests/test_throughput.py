@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import checkpoint, log_rows
+from conftest import checkpoint, labels_of, log_rows
 from torch.utils.flop_counter import FlopCounterMode
 
 import peers
@@ -237,11 +237,10 @@ def test_contender_takes_the_batches_and_the_allocator_that_it_is_given(
     monkeypatch.setattr(tiny, "keep_freed_memory", lambda: asked.append(True))
     monkeypatch.setattr(Line, "batch_size", 7)
     monkeypatch.setattr(Line, "step", lambda _peer, *batch: seen.append(batch))
-    labels = {bytes(x.flatten().tolist()): y for x, y in zip(*pictures)}
     for keep in (False, True):
         throughput.set_up("diffusers", keep, 64)
         assert throughput.contender["step"]() == 64 == len(seen[-1][1])
-        assert [labels[bytes(x.flatten().tolist())] for x in seen[-1][0]] == seen[-1][1].tolist()
+        assert labels_of(seen[-1][0], pictures) == seen[-1][1].tolist()
         assert len(asked) == keep
 
 

@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (ROOT, TINY, Predictor, awake, checkpoint, log_rows, raising, same,
-                      set_tiny)
+from conftest import (ROOT, TINY, Predictor, awake, checkpoint, labels_of, log_rows, raising,
+                      same, set_tiny)
 from PIL import Image
 
 import script_unet
@@ -1309,8 +1309,7 @@ def test_batch_statistics_are_measured_on_5120_noisy_training_images_with_their_
     refresh_batch_norm(model, *pictures)
     torch.testing.assert_close(model.norm.running_mean, torch.stack(means).mean(0))
     x_start, t, y, noise = map(torch.cat, zip(*seen))
-    labels = {bytes(x.flatten().tolist()): label for x, label in zip(pictures[0], pictures[1])}
-    assert [labels[bytes(x.flatten().tolist())] for x in tiny.to_uint8(x_start)] == y.tolist()
+    assert labels_of(tiny.to_uint8(x_start), pictures) == y.tolist()
     assert len(t) == len(noise.flatten(1).unique(dim=0)) == 5120 and len(set(t.tolist())) == 20
     assert len(x_start.flatten(1).unique(dim=0)) > 580      # of 600
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
