@@ -13,14 +13,15 @@ Frechet distance [1] of the features' Gaussians to those of the training images,
   those of EfficientNet-Lite0 trained on ImageNet, which were never fitted to these images; here
   the distance is to the first 20,000 training images.
   It falls as the number of images grows, and its ratio to the floor's rises: compare at one n.
-The classifier was trained on the images that the distance is to. By one such judge sets of them are
-  an eighth nearer than test images, and their class accuracy is .02 higher (see results.md).
+The classifier was trained on the images that the distance is to. By one such judge sets of training
+  images are an eighth nearer than test images, their class accuracy .02 higher (see results.md).
 Class accuracy: the share that the classifier assigns to the class that was asked for.
 Precision: the share of samples that lie among real images; recall: the reverse [2]. Read them
   together: one odd real image makes room for many bad samples, all alike.
 Pixels exactly 0: real backgrounds are black, those of noisy samples are not.
 Nearest training image: pixels in [0, 1], L2, the median and the distance that 1% are below. Far
-  below the test images': the model copies all or, by the second alone, some of its images.
+  below the test images': the model copies all or, by the second alone, some of its images, pixel
+  for pixel; a shifted or mirrored copy does not show.
 
 [1] Heusel et al., arXiv:1706.08500   [2] Kynkaanniemi et al., arXiv:1904.06991
 """

@@ -4,10 +4,11 @@
     python tests/benchmarks/ten_minutes.py --peer diffusers
     python tests/benchmarks/ten_minutes.py --seconds 120 'CHANNELS=(64, 128)' 'BLOCKS=(1, 1)'
 
-Trains this project's configuration, or one with other constants, for as many epochs, at
-least one, as by a trial of 110 seconds fit into the time (what is left over may be most of an
-epoch, and the run a tenth faster or slower than the trial), or one of the peers in peers.py by
-its published recipe until the time is up; the peers have keep_freed_memory() as well.
+Trains this project's configuration, or one with other constants, for as many whole epochs, at
+least one, as by a trial of 110 seconds, not counted, fit into the time; the learning rates fall to
+0 over these. (Most of an epoch may be left over, or a run slower than its trial take a tenth more.)
+Or trains one of the peers in peers.py by its published recipe, at a constant rate, until the time
+is up; the peers have keep_freed_memory() as well.
 Then samples it, prints evaluate.py's table and saves figures.json, the samples and, of a peer,
 peer.pt. Only training steps count as training time (with what they do to make the guide): what
 script_unet.py does between epochs (averages' statistics, held-out loss, pictures, checkpoints) is
@@ -117,21 +118,18 @@ def measure(args, name, changed, peer, train, test, data):
         with if_possible():     # before it samples, which may take hours
             save({part: module.state_dict() for part, module in vars(peer).items()
                   if isinstance(module, nn.Module)}, "peer.pt")
-        draw = peer.sample
-        asked = labels if peer.conditional else None
     else:
         checkpoint, trained = train_ours(*train, test, args.seconds)
-        model, asked = script_unet.load_denoiser(checkpoint), labels
-
-        def draw(labels):
-            return script_unet.to_uint8(script_unet.sample(model, labels)).cpu()
+        model = script_unet.load_denoiser(checkpoint)
 
     start = time.perf_counter()
-    samples = draw(labels)
+    samples = peer.sample(labels) if peer else script_unet.to_uint8(
+        script_unet.sample(model, labels)).cpu()
     seconds = time.perf_counter() - start
     with if_possible():
         save(samples, "samples.pt")
         evaluate.save_picture(samples, "samples.png")
+    asked = labels if not peer or peer.conditional else None
     figures = evaluate.evaluate(samples, asked, args.classifier_seed)
     judge = evaluate.load_classifier(args.classifier_seed).name
     print(f"{name}: {len(samples):,} samples drawn in {seconds:.1f} s, see "

@@ -3,14 +3,15 @@
     python tests/benchmarks/throughput.py
 
 Times whole training steps (forward, backward, optimizer, averaged weights) of this project's
-model and of the peers in peers.py, on the same images; ours in batches of BATCH_SIZE, the
-peers in those of the course that one of the models is from (--peer-batch-size). Each runs in a
-process of its own, as its users run it: ours with keep_freed_memory(), which main() calls, the
-peers with the allocator as it is, or with --keep-freed-memory like ours. They take turns, A B C D
-A B C D ..., so that a machine that slows down slows all of them: a ratio is the median of the
-rounds' ratios, and their range shows whether other work disturbed them. The models differ: MFLOP
-are the operations of one image's forward pass, a multiply-add counted as 2. A matrix product is
-timed after each turn of ours, to say what share of the machine's arithmetic the training reaches.
+model and of the peers in peers.py, on the same images; ours in batches of BATCH_SIZE, the peers'
+of 128, as diffusers' course has them (--peer-batch-size; the other two publish 1,024 and 64). Each
+runs in a process of its own, as its users run it: ours with keep_freed_memory(), which main()
+calls, the peers with the allocator as it is, or with --keep-freed-memory like ours. They take
+turns, A B C D A B C D ..., so that a machine that slows down slows all of them: a ratio is the
+median of the rounds' ratios, and their range shows whether other work disturbed them. The models
+differ: MFLOP are the operations of one image's forward pass, a multiply-add counted as 2. A matrix
+product is timed after each turn of ours, to say what share of the machine's arithmetic the training
+reaches.
 """
 
 import argparse

@@ -167,8 +167,8 @@ def train(trials):
     """Run all trials side by side, and tell of some of the epochs."""
     for trial in trials:
         trial.record()
-    start, epochs, on_gpu = time.perf_counter(), script_unet.EPOCHS, trials[0].device.type == "cuda"
-    steps, done = trials[0].steps, 0
+    wait = torch.cuda.synchronize if trials[0].device.type == "cuda" else lambda: None
+    start, epochs, steps, done = time.perf_counter(), script_unet.EPOCHS, trials[0].steps, 0
     ready = script_unet.guide_step(len(trials[0].images)), steps * epochs   # the guide; all
     for epoch in range(1, epochs + 1):
         for trial in trials:
@@ -180,14 +180,11 @@ def train(trials):
                     trial.replay()
             done += 1
             if done in ready:
-                if on_gpu:
-                    torch.cuda.synchronize()
+                wait()
                 for trial in trials:
                     trial.finish(done)
-                if on_gpu:
-                    torch.cuda.synchronize()    # before the streams change the averages again
-        if on_gpu:
-            torch.cuda.synchronize()
+                wait()      # before the streams change the averages again
+        wait()
         if epoch <= 3 or epoch == epochs or epoch % 10 == 0:
             losses = " ".join(f"{trial.loss.item() / steps:.4f}" for trial in trials)
             print(f"epoch {epoch}/{epochs}: loss {losses}, {time.perf_counter() - start:.0f} s",
