@@ -355,38 +355,10 @@ def test_options_are_the_constants_that_the_judged_samples_are_drawn_with(
     assert "EMBEDDING_DIM = 32" in said and "EPOCHS" not in said    # the checkpoint's
 
 
-@pytest.mark.parametrize("dropout, options, share", [
-    (0.1, [], 0.2), (0.1, ["--guide-dropout", "0.7"], 0.7), (0.0, [], 0.0)])
-def test_guide_that_is_named_guides_and_is_told_so_much_of_the_class(
-        judge, tiny, dropout, options, share):
-    judge.setattr(tiny, "LABEL_DROPOUT", dropout)
-    for seed, what in enumerate(("last", "best_model")):
-        judge.setattr(tiny, "SEED", seed)
-        script_unet.Trainer(torch.device("cpu")).save(what)
-    guides = []
-
-    def sample(model, labels):
-        guides.append(model.guide[0])
-        return torch.zeros(len(labels), 1, 28, 28)
-
-    judge.setattr(script_unet, "keep_freed_memory", lambda: None)
-    judge.setattr(script_unet, "sample", sample)
-    judge.setattr(evaluate, "evaluate_real", lambda *_args: [{"n": 10}])
-    judge.setattr(evaluate, "evaluate", lambda *_args: {"n": 10})
-    judge.setattr(sys, "argv", [
-        "evaluate.py", str(checkpoint("last")), "--samples", "1", "--guidance", "2",
-        "--guide", str(checkpoint("best_model")), *options])
-    evaluate.main()
-    told, = (guide.class_embedding.weight for guide in guides)
-    own = script_unet.load_denoiser(checkpoint("best_model")).class_embedding.weight
-    torch.testing.assert_close(told[:-1], (1 - share) * own[:-1] + share * own[-1])
-    assert torch.equal(told[-1], own[-1])
-    judge.setattr(tiny, "BETA_SCHEDULE", "linear")
-    script_unet.Trainer(torch.device("cpu")).save("best_model")
-    with pytest.raises(SystemExit, match="another noise schedule"):
-        evaluate.main()
-    with judge.context() as patch:
-        patch.setattr(tiny, "NUM_CLASSES", 9)
-        script_unet.Trainer(torch.device("cpu")).save("best_model")
-    with pytest.raises(SystemExit, match="best_model.pt does not draw .* ten classes"):
+def test_model_of_other_images_is_refused(judge, tiny):
+    judge.setattr(tiny, "NUM_CLASSES", 9)
+    script_unet.Trainer(torch.device("cpu")).save("last")
+    judge.setattr(sys, "argv", ["evaluate.py", str(checkpoint("last"))])
+    judge.setattr(tiny, "NUM_CLASSES", 10)
+    with pytest.raises(SystemExit, match="last.pt does not draw .* ten classes"):
         evaluate.main()

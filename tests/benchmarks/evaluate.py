@@ -396,21 +396,12 @@ def main():
     parser.add_argument("--grain", type=float, help="default SAMPLING_GRAIN; more than the last "
                         "step's noise (3.2 at T = 100) is as much as that")
     parser.add_argument("--guidance", type=float, help="default, and for 0, script_unet.guidance()")
-    parser.add_argument("--guide", metavar="CHECKPOINT",
-                        help="whose averaged weights guide; default: the checkpoint's own guide")
-    parser.add_argument("--guide-dropout", type=float, metavar="SHARE",
-                        help="of the null class in what --guide is told; 1: no label; default 0.2, "
-                        "but 0 with script_unet.py's LABEL_DROPOUT = 0")
     parser.add_argument("--seed", type=int, help="of the samples, default SEED")
     parser.add_argument("--classifier-seed", type=int, default=0,
                         help="of the judge, default 0; another one is trained the first time")
     parser.add_argument("--picture", metavar="PATH", help="save samples as a PNG, a class a row")
     args = parser.parse_args()
 
-    if args.guide_dropout is not None and not args.guide:
-        parser.error("--guide-dropout is for --guide")
-    if args.guide_dropout is not None and not 0 <= args.guide_dropout <= 1:
-        parser.error(f"--guide-dropout must be from 0 to 1, got {args.guide_dropout}")
     picture = args.picture and Path(args.picture)
     if picture and not (picture.parent.is_dir() and picture.suffix.lower() == ".png"):
         parser.error(f"--picture must be a .png in a folder that exists, got {picture}")
@@ -420,22 +411,11 @@ def main():
         if value is not None:
             setattr(script_unet, name, value)
     script_unet.check_constants()
-    if args.guide and script_unet.GUIDANCE_SCALE == 1:
-        parser.error("--guide is not asked with a guidance of 1")
     model = script_unet.load_denoiser(args.checkpoint)
-    guide = args.guide and script_unet.load_denoiser(args.guide)
-    for path, loaded in ((args.checkpoint, model), (args.guide, guide)):
-        if loaded and [loaded.constants[x] for x in ("IMG_SIZE", "NUM_CLASSES")] != [28, 10]:
-            sys.exit(f"{path} does not draw 28 x 28 images of ten classes, which alone are judged")
+    if [model.constants[x] for x in ("IMG_SIZE", "NUM_CLASSES")] != [28, 10]:
+        sys.exit(f"{args.checkpoint} does not draw 28 x 28 images of ten classes, which alone are "
+                 "judged")
     script_unet.keep_freed_memory()
-    if guide:
-        if not torch.equal(guide.abar, model.abar):
-            sys.exit(f"{args.guide} has another noise schedule than {args.checkpoint}")
-        classes = guide.class_embedding.weight
-        told = 0.2 * bool(script_unet.LABEL_DROPOUT)    # as finish_average() tells a run's own now
-        told = told if args.guide_dropout is None else args.guide_dropout
-        classes[:-1].lerp_(classes[-1], told)
-        model.guide = (guide,)
     reals = evaluate_real(args.samples, args.classifier_seed)   # now: it may fail, or take minutes
     labels = torch.arange(10).repeat_interleave(args.samples)
     start = time.perf_counter()
@@ -446,8 +426,7 @@ def main():
           f"{min(script_unet.SAMPLING_STEPS, len(model.abar))} steps, "
           f"{script_unet.precision(model.abar.device)}, drawn in {seconds:.1f} s; real images of "
           f"{script_unet.find_data().absolute()}; constants "
-          f"{changed_constants(DRAWN_WITH, model.constants)}"
-          + (f"; its guide is told {told:g} of the null class" if guide else ""))
+          f"{changed_constants(DRAWN_WITH, model.constants)}")
     print_table(evaluate(images, labels, args.classifier_seed), reals,
                 load_classifier(args.classifier_seed).name)
     if picture:
