@@ -188,7 +188,7 @@ def test_the_limits_themselves_are_allowed(monkeypatch):
 
 def test_bad_constant_stops_main_before_anything_is_loaded_or_written(tiny, monkeypatch):
     monkeypatch.setattr(tiny, "EPOCHS", 0)
-    monkeypatch.setattr(tiny, "DATA_DIR", "nowhere")
+    monkeypatch.setattr(tiny, "find_data", raising(AssertionError("looked for data")))
     before = sorted(Path().rglob("*"))
     with pytest.raises(UserError, match="EPOCHS must be .*, got 0"):
         main()
@@ -388,6 +388,14 @@ def test_readme_lists_each_constant_with_its_default_and_its_words():
     assert len(constants) > 30 and [row[:2] for row in rows] == [c[:2] for c in constants]
     differing = [(row, c) for row, c in zip(rows, constants) if row[2] != c[2]]
     assert not differing
+
+
+def test_constants_that_a_resumed_run_may_not_change_are_those_that_readme_names():
+    names = re.findall(r"^([A-Z_]+) = ", constants_section(), re.MULTILINE)
+    named = {"IMG_SIZE", *names[names.index("PATCH_SIZE"):names.index("BETA_END") + 1]}
+    assert set(script_unet.model_constants()) == named | {"FORMAT", "NUM_CLASSES"}
+    assert "(`IMG_SIZE`, and `PATCH_SIZE` to `BETA_END`)" in " ".join(
+        (ROOT / "README.md").read_text().split())
 
 
 def test_import_prints_nothing_writes_nothing_and_reads_no_data(tmp_path):

@@ -184,16 +184,20 @@ def test_bf16_is_for_the_networks_inside_alone(tiny, monkeypatch):
 
 # Sampling: what comes out
 
-@pytest.mark.parametrize("eta, steps", [(1.0, 1000), (0.5, 1000), (0.0, 100)])
-def test_reverse_run_with_the_true_predictor_reaches_the_gaussian(eta, steps):
-    mean, std = 0.1, 0.25       # that clipping at -1 and 1 does not touch
-
-    def true_x_start(x_t, t, labels):  # E[x_start | x_t] for x_start ~ N(mean, std^2)
+def gaussian(mean, std, **options):
+    """The true predictor, E[x_start | x_t], of x_start ~ N(mean, std^2)."""
+    def x_start(x_t, t, labels):
         a = model.abar[t].view(-1, 1, 1, 1)
         return mean + a.sqrt() * std**2 / (a * std**2 + 1 - a) * (x_t - a.sqrt() * mean)
 
-    model = Predictor(true_x_start, steps=steps, size=64)
-    images = sample(model, [0] * 8, steps=steps, eta=eta)
+    model = Predictor(x_start, **options)
+    return model
+
+
+@pytest.mark.parametrize("eta, steps", [(1.0, 1000), (0.5, 1000), (0.0, 100)])
+def test_reverse_run_with_the_true_predictor_reaches_the_gaussian(eta, steps):
+    mean, std = 0.1, 0.25       # that clipping at -1 and 1 does not touch
+    images = sample(gaussian(mean, std, steps=steps, size=64), [0] * 8, steps=steps, eta=eta)
     assert images.mean().item() == pytest.approx(mean, abs=0.01)
     assert images.std().item() == pytest.approx(std, rel=0.02)
 
@@ -201,17 +205,12 @@ def test_reverse_run_with_the_true_predictor_reaches_the_gaussian(eta, steps):
 @pytest.mark.parametrize("steps, error", [(24, 0.003), (100, 0.0008)])
 def test_deterministic_sampling_follows_the_probability_flow(steps, error):
     mean, std = 0.1, 0.15       # x_start ~ N(mean, std^2), of which the flow is linear
-
-    def true_x_start(x_t, t, labels):
-        a = model.abar[t].view(-1, 1, 1, 1)
-        return mean + a.sqrt() * std**2 / (a * std**2 + 1 - a) * (x_t - a.sqrt() * mean)
-
-    model = Predictor(true_x_start, steps=100)
+    model = gaussian(mean, std, steps=100)
     ((_, x_t), *_), images = frames_of(model, [0] * 4, steps=steps, eta=0.0)
     a, a_last = model.abar[-1].double(), model.abar[0].double()
     spread = [(b * std**2 + 1 - b).sqrt() for b in (a, a_last)]
     x_last = a_last.sqrt() * mean + spread[1] / spread[0] * (x_t - a.sqrt() * mean)
-    expected = true_x_start(x_last, torch.zeros(4, dtype=int), None)
+    expected = model.x_start(x_last, torch.zeros(4, dtype=int), None)
     assert (images - expected).square().mean().sqrt() < error  # without corrector twice as large
 
 

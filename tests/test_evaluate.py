@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,19 +64,22 @@ def test_sets_of_test_images_have_each_class_and_no_image_twice():
 
 
 @pytest.fixture
-def judge(monkeypatch):
-    """Stand-ins: features are corner pixels, classes the first one's last digit; a cache of names.
+def kept():
+    """The names of what was to be kept, a list that grows."""
+    return []
 
-    The names are kept in the list judge.names, and nothing else is.
-    """
-    monkeypatch.names = []
+
+@pytest.fixture
+def judge(monkeypatch, kept):
+    """Stand-ins: features are corner pixels, classes the first one's last digit; nothing is kept
+    but the names."""
     for name, value in {
             "load_classifier": lambda _seed: SimpleNamespace(name="judge"),
             "classifier_features": lambda _model, images: images[:, 0, 0, :3].float(),
             "predict": lambda _model, features: features[:, 0].long() % 10,
             "load_imagenet": lambda: True, "IMAGENET_REFERENCE": 30,
             "imagenet_features": lambda images: images[:, 0, -1, :2].float(),
-            "cached": lambda name, compute: (monkeypatch.names.append(name), compute())[1]}.items():
+            "cached": lambda name, compute: (kept.append(name), compute())[1]}.items():
         monkeypatch.setattr(evaluate, name, value)
     return monkeypatch
 
@@ -108,24 +112,24 @@ def test_figures_are_of_the_images_beside_the_training_images(judge):
     assert torch.equal(compared[1][0], real)    # and for real images, the same training images
 
 
-def test_what_is_kept_of_one_judge_size_or_setting_is_not_taken_for_another(judge):
+def test_what_is_kept_of_one_judge_size_or_setting_is_not_taken_for_another(judge, kept):
     draw = torch.randint(0, 256, (100, 1, 28, 28), generator=torch.Generator().manual_seed(0))
     judge.setattr(evaluate, "real_images", lambda _split: (draw.byte(), torch.arange(100) % 10))
     judge.setattr(evaluate, "REAL_SETS", 1)
     judge.setattr(evaluate, "precision_and_recall", lambda *_args: (0.0, 0.0))
 
     def names(per_class=4):
-        judge.names.clear()
+        kept.clear()
         evaluate.evaluate_real(per_class)
-        return judge.names[:]
+        return kept[:]
 
     reals, features, imagenet = first = names()
     assert names() == first and names(5)[1:] == [features, imagenet]    # found again
     assert names(5)[0] != reals
-    for setting, kept in (("NEIGHBOURS", {features, imagenet}), ("IMAGENET_REFERENCE", {features})):
+    for setting, same in (("NEIGHBOURS", {features, imagenet}), ("IMAGENET_REFERENCE", {features})):
         with judge.context() as patch:
             patch.setattr(evaluate, setting, 7)
-            assert set(names()) & set(first) == kept
+            assert set(names()) & set(first) == same
     judge.setattr(evaluate, "load_classifier", lambda _seed: SimpleNamespace(name="another"))
     assert set(names()) & set(first) == {imagenet}
 
@@ -171,6 +175,9 @@ def test_classifier_learns_from_the_training_images_alone_and_is_a_function_of_i
     one, again, other = (model.state_dict()["body.0.weight"] for model in models)
     assert torch.equal(one, again) and not torch.equal(one, other)
     assert torch.equal(torch.get_rng_state(), state)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        assert not torch.equal(one, evaluate.Classifier().state_dict()["body.0.weight"])
 
 
 def test_classifier_of_each_seed_is_kept_and_judged_by_its_own_answers_on_the_test_images(
@@ -342,12 +349,14 @@ def test_options_are_the_constants_that_the_judged_samples_are_drawn_with(
         {"n": 20})[2])
     judge.setattr(sys, "argv", [
         "evaluate.py", str(checkpoint("last")), "--samples", "2", "--steps", "3", "--eta", "0.5",
-        "--grain", "0.25", "--guidance", "1.5", "--seed", "7", "--classifier-seed", "3"])
+        "--grain", "0.25", "--guidance", "1.5", "--seed", "7", "--classifier-seed", "3",
+        "--picture", "drawn.png"])
     judge.setattr(tiny, "EMBEDDING_DIM", 256)   # no longer that of the checkpoint
     evaluate.main()
     labels = [c for c in range(10) for _ in range(2)]
     assert drawn == [(options, labels)]
     assert judged == [([round(255 * i / 19) for i in range(20)], labels)]
+    assert Path("drawn.png").exists()
     assert seeds == [3, 3]              # real images and samples have one judge
     said = capsys.readouterr().out      # a table says what it is of
     assert " ".join(sys.argv) in said and "here judge 3, " in said

@@ -179,14 +179,14 @@ def test_up_returns_to_the_grid_that_down_left(height, width, patch):
 
 # Attention
 
-def quadratic_attention(attention, x):
+def quadratic_attention(attention, head_dim, x):
     """(x + the mixed values, the N x N weights) in float64, the matrix of weights written out."""
     attention, x = copy.deepcopy(attention).double(), x.double()
     b, c, h, w = x.shape
     tokens = attention.norm(x).flatten(2).transpose(1, 2)
     q, k, v = attention.qkv(tokens).chunk(3, dim=-1)
     heads, weights = [], []
-    for q, k, v in zip(*(part.split(c // attention.heads, dim=-1) for part in (q, k, v))):
+    for q, k, v in zip(*(part.split(head_dim, dim=-1) for part in (q, k, v))):
         weights.append(q.softmax(-1) @ k.softmax(1).transpose(1, 2))
         heads.append(weights[-1] @ v)
     mixed = attention.out(torch.cat(heads, dim=-1))
@@ -198,7 +198,7 @@ def quadratic_attention(attention, x):
 def test_attention_is_the_quadratic_form_with_weights_that_sum_to_one(
         height, width, channels, head_dim):
     attention, x = awake(SelfAttention(channels, head_dim)), torch.randn(2, channels, height, width)
-    expected, weights = quadratic_attention(attention, x)
+    expected, weights = quadratic_attention(attention, head_dim, x)
     torch.testing.assert_close(attention(x).double(), expected, rtol=1e-4, atol=1e-5)
     assert (weights >= 0).all()
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
