@@ -38,8 +38,8 @@ from tqdm.auto import tqdm
 # Training
 EPOCHS = 150                # passes over the training images; after 14, patterns are still vague
 BATCH_SIZE = 256            # images per optimizer step; a CPU is 15% faster with 256 than with 128
-LEARNING_RATE = 2.8e-3      # AdamW's peak; .37 of it in 150 epochs; falls to 0: see Trainer.step
-MUON_LEARNING_RATE = 0.028  # Muon's [9], Jordan's scale, likewise; for kernels of 16+ in and out
+LEARNING_RATE = 2.8e-3      # AdamW's peak, times .37 if EPOCHS = 150; falls to 0: see Trainer.step
+MUON_LEARNING_RATE = 0.028  # likewise Muon's (Jordan's scale, not [9]'s); kernels of 16+ in and out
 WARMUP_STEPS = 100          # learning rates rise over these steps, while running averages settle
 WEIGHT_DECAY = 0.1          # each step shrinks all weights by this times the learning rate
 GRADIENT_CLIP = 1.0         # largest L2 norm of the whole gradient; a safeguard, hardly ever met
@@ -377,7 +377,7 @@ def guidance(model):
 def sample(model, labels, steps=None, eta=None, guidance_scale=None, seed=None,
            callback=lambda t, x_t: None, batch_size=500):
     """Images (N, 1, H, W) in [-1, 1] of int labels (N,), by a model in eval mode, on its device.
-    steps (1 to T), eta and seed default to the constants, the scale (None, 0) to guidance(). eta 0:
+    steps (1 to T), eta, seed default to the constants, the scale (None or 0) to guidance(). eta 0:
     second-order solver and corrector [6]; 1 with T steps: DDPM [1]; between: the solver plus noise.
     All leave SAMPLING_GRAIN of the noise (at most t = 0's) on clothes: predictions are too smooth.
     Guidance: guide + scale (model - guide), [5] eq. 6 with w = scale - 1 and [10]'s weaker guide;
@@ -627,7 +627,7 @@ class InFloat32(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0] if function is torch.Tensor.bfloat16 else function(*args, **kwargs or {})
 
-def usual_epoch(): return 60_000 // min(256, BATCH_SIZE)  # updates: the unit of a run's length
+def usual_epoch(): return 60_000 // min(256, BATCH_SIZE)  # its updates: the unit of a run's length
 def guide_step(count):  # updates until the guide stays: 3 usual epochs or, in runs under 8, 3/8
     return max(1, min(3 * usual_epoch(), 3 * EPOCHS * (count // BATCH_SIZE) // 8))
 def finish_average(trainer, images, labels):
@@ -693,10 +693,10 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         for m, k in zip(self.matrices, self.kernels): m.grad = k.grad.movedim(1, 3).flatten(1)
         left = max(0, 1 - (now["epoch"] + now["position"] / len(images)) / EPOCHS)  # of the run
-        length = EPOCHS * (len(images) // BATCH_SIZE) / usual_epoch()  # of the run, in usual epochs
+        length = EPOCHS * (len(images) // BATCH_SIZE) / usual_epoch()  # usual epochs; 20+: low peak
         warm, peak = min(1, (now["step"] + 1) / WARMUP_STEPS), min(1, 20 / length) ** 0.5
-        factor = warm * peak * left ** min(2, max(1, length / 6))   # line up to 6, square from 12
-        for opt in (self.muon, self.adamw):
+        factor = warm * peak * left ** min(2, max(1, length / 6))  # fall: line to 6, square from 12
+        for opt in (self.muon, self.adamw):     # by today's constants: a load leaves opt.defaults
             opt.param_groups[0].update(lr=factor * opt.defaults["lr"], weight_decay=WEIGHT_DECAY)
             with InFloat32() if precision(device) == "fp32" else contextlib.nullcontext():
                 opt.step()

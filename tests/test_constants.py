@@ -484,3 +484,10 @@ def test_each_function_and_class_uses_only_what_stands_above_it():
 def test_links_of_the_readme_lead_to_files():
     links = re.findall(r"\]\(([^):]+)\)", (ROOT / "README.md").read_text())
     assert len(links) > 4 and all((ROOT / link).exists() for link in links)
+
+
+def test_messages_and_docstrings_name_constants_that_are_there():
+    texts = " ".join(node.value for node in ast.walk(ast.parse(SCRIPT.read_text()))
+                     if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    names = set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", texts))
+    assert len(names) > 20 and names <= vars(script_unet).keys() | {"LOCAL_RANK"}

@@ -130,6 +130,9 @@ def test_what_is_kept_of_one_judge_size_or_setting_is_not_taken_for_another(judg
         with judge.context() as patch:
             patch.setattr(evaluate, setting, 7)
             assert set(names()) & set(first) == same
+    with judge.context() as patch:      # as where it is not installed, but may be later
+        patch.setattr(evaluate, "load_imagenet", lambda: None)
+        assert not set(names()) & {reals, imagenet}
     judge.setattr(evaluate, "load_classifier", lambda _seed: SimpleNamespace(name="another"))
     assert set(names()) & set(first) == {imagenet}
 
@@ -180,6 +183,18 @@ def test_classifier_learns_from_the_training_images_alone_and_is_a_function_of_i
         assert not torch.equal(one, evaluate.Classifier().state_dict()["body.0.weight"])
 
 
+def test_classifier_trains_on_images_shifted_by_up_to_two_pixels_over_black(monkeypatch):
+    images, seen, forward = torch.zeros(2, 1, 28, 28).byte(), [], evaluate.Classifier.forward
+    images[..., 14, 14] = 255
+    monkeypatch.setattr(evaluate, "real_images", lambda _split: (images, torch.arange(2)))
+    monkeypatch.setattr(evaluate.Classifier, "forward",
+                        lambda model, x: (seen.append(x), forward(model, x))[1])
+    evaluate.train_classifier(0, torch.device("cpu"), epochs=60, batch_size=2)
+    rows, columns = zip(*(place for x in seen for place in (x[:, 0] > 0).nonzero()[:, 1:].tolist()))
+    assert set(rows) == set(columns) == {12, 13, 14, 15, 16}
+    assert all((x == -1).sum() == x.numel() - len(x) for x in seen)
+
+
 def test_classifier_of_each_seed_is_kept_and_judged_by_its_own_answers_on_the_test_images(
         data, monkeypatch):
     monkeypatch.setattr(evaluate, "real_images", lambda split: (     # training labels 1, test 0
@@ -212,6 +227,8 @@ def test_imagenets_network_is_in_evaluation_mode(monkeypatch):
                     "path": torch.nn.BatchNorm2d(3)}[weights_path]))}.items():
         monkeypatch.setitem(sys.modules, name, value)
     assert not evaluate.load_imagenet.__wrapped__().training
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)     # not installed
+    assert evaluate.load_imagenet.__wrapped__() is None
 
 
 def test_imagenet_features_are_of_all_images_in_order_four_times_as_large_in_three_colours(
@@ -338,11 +355,11 @@ def test_options_are_the_constants_that_the_judged_samples_are_drawn_with(
         drawn.append(({name: getattr(script_unet, name) for name in options}, labels.tolist()))
         return torch.linspace(-1, 1, len(labels)).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
 
-    judge.setattr(script_unet, "keep_freed_memory", lambda: None)
+    seeds, memory = [], []
+    judge.setattr(script_unet, "keep_freed_memory", lambda: memory.append("kept"))
     judge.setattr(script_unet, "sample", sample)
-    seeds = []
-    judge.setattr(evaluate, "evaluate_real", lambda _samples, seed: (
-        seeds.append(seed), [{"n": 20}])[1])
+    judge.setattr(evaluate, "evaluate_real", lambda samples, seed: (
+        seeds.append((samples, seed)), [{"n": 20}])[1])
     judge.setattr(evaluate, "load_classifier", lambda seed: SimpleNamespace(name=f"judge {seed}"))
     judge.setattr(evaluate, "evaluate", lambda images, labels, seed: (
         seeds.append(seed), judged.append((images[:, 0, 0, 0].tolist(), labels.tolist())),
@@ -357,7 +374,7 @@ def test_options_are_the_constants_that_the_judged_samples_are_drawn_with(
     assert drawn == [(options, labels)]
     assert judged == [([round(255 * i / 19) for i in range(20)], labels)]
     assert Path("drawn.png").exists()
-    assert seeds == [3, 3]              # real images and samples have one judge
+    assert seeds == [(2, 3), 3] and memory      # as many real images, of the same judge
     said = capsys.readouterr().out      # a table says what it is of
     assert " ".join(sys.argv) in said and "here judge 3, " in said
     assert "SAMPLING_STEPS = 3, SAMPLING_ETA = 0.5, SAMPLING_GRAIN = 0.25" in said

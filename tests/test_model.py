@@ -260,7 +260,10 @@ def test_each_resolution_has_its_own_number_of_blocks_on_the_way_down_and_up(tin
 def test_model_in_training_whose_last_grid_is_one_cell_is_measured_and_left_in_training(tiny):
     model = FashionMNISTUNetDenoiser(   # 4 x 4 cells, 2 x 2, 1 x 1: of one image no statistics
         {"IMG_SIZE": 16, "CHANNELS": (4, 8, 16), "BLOCKS": (1, 1, 1)})
-    assert model_size(model)[1] > 0 and model.training
+    label = torch.zeros(1, dtype=torch.long)
+    assert model_size(model)[1] == operations(
+        copy.deepcopy(model), torch.zeros(1, 1, 16, 16), label, label)
+    assert model.training
 
 
 def test_constants_of_the_call_override_those_of_the_module(tiny):

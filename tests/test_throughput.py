@@ -1,6 +1,7 @@
 """tests/benchmarks/throughput.py and ten_minutes.py: what is timed, and how long is trained."""
 
 import json
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import checkpoint, labels_of, log_rows
+from conftest import ROOT, checkpoint, labels_of, log_rows, raising
 from torch.utils.flop_counter import FlopCounterMode
 
 import peers
@@ -17,6 +18,17 @@ import throughput
 from script_unet import Trainer, UserError, read_checkpoint
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["evaluate", "ten_minutes", "throughput", "trials"])
+def test_commands_of_readme_find_the_script_and_say_more_by_help(monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p or ".").resolve() != ROOT])
+    for module in ("script_unet", "evaluate", "peers", "throughput"):
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tests" / "benchmarks" / f"{name}.py"), run_name="__main__")
+    assert not ended.value.code and f"usage: {name}.py" in capsys.readouterr().out
 
 
 def test_rate_is_of_whole_steps_after_the_first(monkeypatch):
@@ -28,6 +40,21 @@ def test_rate_is_of_whole_steps_after_the_first(monkeypatch):
         return 12
 
     assert throughput.rate(step, 5, CPU) == 24 / 6
+
+
+def test_what_a_gpu_has_still_to_do_counts_as_time(monkeypatch):
+    now, queued = [0.0], [0.0]
+
+    def step():     # handed over in a second, done in three
+        now[0], queued[0] = now[0] + 1, queued[0] + 3
+        return 12
+
+    def synchronize():
+        now[0], queued[0] = now[0] + queued[0], 0.0
+
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
+    assert throughput.rate(step, 2, torch.device("cuda")) == 24 / 8
 
 
 def test_timed_steps_are_training_steps_of_one_epoch_after_another(
@@ -48,8 +75,8 @@ def test_contenders_take_turns_and_the_table_has_medians_and_the_rounds_own_rati
     turns, built = [], []
 
     class Process:      # in place of a real one
-        def __init__(self, *_args):
-            pass
+        def __init__(self, workers, context):
+            assert (workers, context.get_start_method()) == (1, "spawn")    # inherits no allocator
 
         def submit(self, function, *args):
             if function is throughput.set_up:
@@ -57,6 +84,7 @@ def test_contenders_take_turns_and_the_table_has_medians_and_the_rounds_own_rati
                 self.name, result = args[0], (1234, {"ours": 5e7, "diffusers": 6e8}[args[0]],
                                               args[0])
             else:
+                assert (function, args) == (throughput.turn, (2.0,))
                 turns.append(self.name)
                 result = next(rates[self.name])
             return SimpleNamespace(result=lambda: result)
@@ -69,7 +97,7 @@ def test_contenders_take_turns_and_the_table_has_medians_and_the_rounds_own_rati
         monkeypatch.setattr(throughput, name, value)
     monkeypatch.setattr(tiny, "keep_freed_memory", lambda: None)
     monkeypatch.setattr("sys.argv", ["throughput.py", "--rounds", "3", "--peers", "diffusers",
-                                     "--peer-batch-size", "64", *options])
+                                     "--peer-batch-size", "64", "--seconds", "2", *options])
     throughput.main()
     assert built == [("ours", True, 64), ("diffusers", bool(options), 64)]      # the allocator
     assert turns == ["ours", "product", "diffusers"] * 3
@@ -79,6 +107,30 @@ def test_contenders_take_turns_and_the_table_has_medians_and_the_rounds_own_rati
                     ["diffusers", "fp32", "1,234", "600.0", "10", "15.0", "10.0", "to", "40.0"]]
     # 3 * 50 MFLOP * (100, 400, 300) images/s of 100 GFLOP/s: 15, 60 and 45%
     assert "45 GFLOP/s (a step as three forward passes of 50.0 MFLOP), 45% of the 100" in printed
+
+
+def test_peer_whose_package_is_missing_is_left_out_of_throughput(tiny, monkeypatch, capsys):
+    class Process:
+        def __init__(self, *_args):
+            pass
+
+        def submit(self, function, *args):
+            if args[0] == "diffusers":
+                return SimpleNamespace(result=raising(UserError("no package")))
+            result = (1234, 5e7, "ours") if function is throughput.set_up else 100
+            return SimpleNamespace(result=lambda: result)
+
+        def shutdown(self):
+            pass
+
+    for name, value in (("ProcessPoolExecutor", Process), ("MATRIX_SIZE", 8),
+                        ("rate", lambda *_args: 1e11)):
+        monkeypatch.setattr(throughput, name, value)
+    monkeypatch.setattr(tiny, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr("sys.argv", ["throughput.py", "--rounds", "1", "--peers", "diffusers"])
+    throughput.main()
+    said = capsys.readouterr().out
+    assert "left out: no package" in said and "ours took in 100 to 100" in said
 
 
 @pytest.fixture
@@ -117,24 +169,30 @@ def test_ten_minutes_are_as_many_whole_epochs_as_fit_by_the_measured_rate(
 
 
 def test_training_time_is_that_of_the_steps_alone(tiny, monkeypatch, pictures):
-    now = [0.0]
+    now, given = [0.0], []
+
+    def clock(_device):     # waits a second for the device
+        now[0] += 1
+        return now[0]
 
     def step(trainer, *_args):
         now[0] += 1
         trainer.progress["step"] += 1
 
-    def finish_epoch(trainer, *_args):
+    def finish_epoch(trainer, *args):
+        given.append(args)
         now[0] += 100
         trainer.progress["history"].append({"epoch": 1, "train_loss": 1.0, "heldout_loss": 1.0})
 
     monkeypatch.setattr(ten_minutes, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(throughput, "clock", lambda _device: now[0])
+    monkeypatch.setattr(throughput, "clock", clock)
     monkeypatch.setattr(throughput, "rate", lambda *_args: 100.0)
     monkeypatch.setattr(Trainer, "step", step)
     monkeypatch.setattr(tiny, "finish_epoch", finish_epoch)
-    _, trained = ten_minutes.train_ours(*pictures, None, 12)    # two epochs of six batches of 100
+    _, trained = ten_minutes.train_ours(*pictures, "held out", 12)  # two epochs of six batches
     assert [trained[name] for name in ("seconds", "images/s", "seconds between the epochs")] == [
-        12, 100, 200]
+        14, pytest.approx(1200 / 14), 200]
+    assert given == [(*pictures, "held out")] * 2
 
 
 @pytest.fixture
@@ -160,6 +218,8 @@ def test_ten_minutes_write_to_their_folder_alone_and_say_which_constants_were_ch
         monkeypatch.setattr(tiny, name, value)
 
     def train(*_args):
+        with pytest.raises(UserError, match="another run holds"), tiny.hold_folder():
+            pass
         assert tiny.SEED == 7
         trainer = Trainer(CPU)
         trainer.save("last")
@@ -272,10 +332,12 @@ def test_ten_minutes_are_of_the_training_images_for_so_long_and_the_classes_aske
 
     monkeypatch.setattr(ten_minutes, "train_ours", train_ours)
     monkeypatch.setattr(ten_minutes, "train_peer", lambda peer, *args: taken.extend(args))
+    monkeypatch.setattr(tiny, "keep_freed_memory", lambda: taken.append("memory kept"))
     monkeypatch.setattr("sys.argv", ["ten_minutes.py", "--samples", "2", "--output", "here",
                                      "--seconds", "5", "--seed", "3", *options])
     ten_minutes.main()
-    images, labels, *rest = taken
+    memory, images, labels, *rest = taken
+    assert memory == "memory kept"
     assert not images.any() and len(labels) == 600 and torch.initial_seed() == 3
     if options:
         assert rest == [5, batch_size]
@@ -298,10 +360,41 @@ def test_diffusers_peer_learns_the_noise_of_a_class_and_samples_by_it(monkeypatc
     torch.testing.assert_close(images, clean[:, 0, 0, 0], rtol=0, atol=0.01)
 
 
+def test_ddpm_pytorch_peer_learns_images_as_they_come_and_samples_by_its_average(monkeypatch):
+    pytest.importorskip("denoising_diffusion_pytorch")
+    peer, x = peers.DdpmPytorch(CPU), torch.tensor([-1.0, 0.0, 1.0])
+    assert torch.equal(peer.model.normalize(x), x) and torch.equal(peer.model.unnormalize(x), x)
+    monkeypatch.setattr(peer.model, "sample", None)
+    monkeypatch.setattr(peer.average.ema_model, "sample",
+                        lambda batch_size: torch.full((batch_size, 1, 28, 28), 0.2))
+    assert peer.sample(torch.zeros(3)).eq(153).all()
+
+
+def test_smalldiffusion_peer_samples_by_the_average_of_its_weights(monkeypatch):
+    package = pytest.importorskip("smalldiffusion")
+    peer, asked = peers.SmallDiffusion(CPU), []
+    for value in (1.0, 2.0, 3.0):
+        for p in peer.model.parameters():
+            p.data.fill_(value)
+        peer.update_average()
+    monkeypatch.setattr(package, "samples", lambda model, *_args, batchsize, **_options: (
+        asked.append(model), [torch.zeros(batchsize, 1, 28, 28)])[1])
+    peer.sample(torch.zeros(3))
+    second = 2 - 2 / 11     # decays of 2 / 11, then 3 / 12
+    expected = torch.tensor(3 - 3 / 12 * (3 - second))
+    assert all(torch.allclose(p, expected) for p in asked[0].parameters())
+
+
 def test_peers_ten_minutes_are_judged_and_kept(tiny, judged, line, monkeypatch):
     monkeypatch.setattr("sys.argv", ["ten_minutes.py", "--samples", "2", "--output", "results",
                                      "--peer", "diffusers", "--seconds", ".001", "--seed", "3"])
+    seeds, build, generate = [], Line.build, Line.generate
+    monkeypatch.setattr(Line, "build", lambda peer: (
+        seeds.append(torch.initial_seed()), build(peer)))
+    monkeypatch.setattr(Line, "generate", lambda peer, labels: (
+        Path("peer.pt").stat(), generate(peer, labels))[1])     # kept before it samples
     ten_minutes.main()
+    assert seeds == [3]
     assert {path.name for path in Path("results").glob("[!.]*")} == {
         "peer.pt", "samples.pt", "samples.png", "figures.json"}
     assert set(torch.load("results/peer.pt")["model"]) == {"weight"}
@@ -313,6 +406,22 @@ def test_peers_ten_minutes_are_judged_and_kept(tiny, judged, line, monkeypatch):
     assert figures["figures"] == {"n": 20} and figures["constants"] is None
     assert figures["trained"]["batch size"] == 128 and figures["seed"] == 3
     assert figures["data"] == str(tiny.find_data().absolute())
+
+
+def test_samples_and_as_many_real_images_have_the_judge_that_is_asked_for(
+        judged, line, monkeypatch):
+    asked, shown = [], []
+    for name, value in (
+            ("evaluate_real", lambda *args: asked.append(args) or [{"n": 21}]),
+            ("load_classifier", lambda seed: SimpleNamespace(name=f"judge {seed}")),
+            ("print_table", lambda *args: shown.append(args))):
+        monkeypatch.setattr(ten_minutes.evaluate, name, value)
+    monkeypatch.setattr("sys.argv", [
+        "ten_minutes.py", "--samples", "2", "--output", "here", "--peer", "diffusers",
+        "--seconds", ".001", "--classifier-seed", "3"])
+    ten_minutes.main()
+    assert asked == [(2, 3)] and judged[0][2] == 3
+    assert shown == [({"n": 20}, [{"n": 21}], "judge 3")]
 
 
 def test_peer_that_diverges_is_not_judged(judged, line, monkeypatch):

@@ -270,6 +270,16 @@ def test_bar_shows_on_a_terminal_alone_what_is_done_of_the_whole_run(run, monkey
     assert all(text in shown for text in expected) if stream is Terminal else not shown
 
 
+def test_lines_of_epochs_stand_clear_of_the_bar(run, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(script_unet, "tqdm", functools.partial(script_unet.tqdm, file=terminal))
+    run()
+    parts = re.split("[\r\n]", terminal.getvalue())
+    for epoch in (1, 2, 3):
+        assert any(part.startswith(f"epoch {epoch}/3: loss ") for part in parts)
+
+
 def test_of_several_processes_the_others_draw_no_bar(tiny, monkeypatch, pictures):
     terminal, trainer = Terminal(), Trainer(CPU)
     trainer.progress["epoch"] = TINY["EPOCHS"]      # nothing is left to do
@@ -473,11 +483,13 @@ def test_ctrl_c_is_answered_at_once_on_a_terminal(run, monkeypatch, capfd, termi
         os.kill(os.getpid(), signal.SIGINT)
         said.append(capfd.readouterr().err)
 
-    monkeypatch.setattr(os, "isatty", lambda descriptor: terminal and descriptor == 2)
+    monkeypatch.setattr(os, "isatty", lambda _descriptor: terminal)
     before_step(monkeypatch, 2, press)
     with pytest.raises(SystemExit):
         run()
     assert ("stopping" in said[0]) is terminal
+    out = capfd.readouterr().out        # on a line of its own
+    assert out.startswith("\nstopped by") is terminal and f"saved in {checkpoint('last')}: " in out
 
 
 @pytest.fixture
@@ -1431,6 +1443,7 @@ def test_images_come_in_another_order_each_epoch_and_for_each_seed():
     for order in orders:
         assert torch.equal(order.sort().values, torch.arange(600))
     assert not any(torch.equal(*pair) for pair in itertools.combinations(orders, 2))
+    assert epoch_order(1, 1, 600, CPU) is orders[-1]    # kept, as every step asks for it
 
 
 def test_default_model_learns_the_same_bits_again_with_two_threads(pictures):

@@ -133,6 +133,7 @@ def test_trials_learn_side_by_side_and_leave_checkpoints(
     losses = [float(line.split()[4].rstrip(",")) for line in (first, second)]
     assert f"epoch {epochs}/{epochs}" in last and all(0.05 < loss < 0.72 for loss in losses)
     assert losses[0] != losses[1]
+    assert all(0.05 < float(loss.rstrip(",")) < 1 for loss in last.split()[3:5])    # of an epoch
     for seed in (0, 1):
         model = tiny.load_denoiser(f"trial_seed{seed}_last.pt", torch.device("cpu"))
         assert model.epochs == epochs and model.guide[0].epochs == guided
@@ -150,6 +151,8 @@ def test_a_trial_that_cannot_be_saved_does_not_lose_the_others(
     monkeypatch.setattr(sys, "argv", ["trials.py", "--seeds", "0", "1", "--epochs", "8"])
 
     def fail(trained):
+        with pytest.raises(tiny.UserError, match="another run holds"), tiny.hold_folder():
+            pass
         for trial in trained:
             trial.finish(1)
         if reason == "cannot write":
