@@ -381,10 +381,11 @@ def test_options_are_the_constants_that_the_judged_samples_are_drawn_with(
     assert "EMBEDDING_DIM = 32" in said and "EPOCHS" not in said    # the checkpoint's
 
 
-def test_model_of_other_images_is_refused(judge, tiny):
-    judge.setattr(tiny, "NUM_CLASSES", 9)
-    script_unet.Trainer(torch.device("cpu")).save("last")
+@pytest.mark.parametrize("name, value", [("NUM_CLASSES", 9), ("IMG_SIZE", 16)])
+def test_model_of_other_images_is_refused(judge, tiny, name, value):
+    with judge.context() as patch:
+        patch.setattr(tiny, name, value)
+        script_unet.Trainer(torch.device("cpu")).save("last")
     judge.setattr(sys, "argv", ["evaluate.py", str(checkpoint("last"))])
-    judge.setattr(tiny, "NUM_CLASSES", 10)
     with pytest.raises(SystemExit, match="last.pt does not draw .* ten classes"):
         evaluate.main()

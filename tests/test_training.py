@@ -137,7 +137,7 @@ def test_run_writes_exactly_its_outputs(undisturbed):
 def test_git_ignores_whatever_a_run_writes(undisturbed):
     names = sorted(path.relative_to(undisturbed[0]).as_posix()
                    for path in undisturbed[0].rglob("*") if path.is_file())
-    ignored = subprocess.run(   # whoever owns the folder, and by its own .gitignore alone
+    ignored = subprocess.run(   # whoever owns the folder, and whatever that user ignores
         ["git", "-c", "safe.directory=*", "-c", "core.excludesFile=/dev/null", "check-ignore",
          "--no-index", *names, "some.pt.1"], cwd=ROOT, capture_output=True, text=True).stdout
     assert ignored.split() == [*names, "some.pt.1"]
